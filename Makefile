@@ -1,0 +1,26 @@
+# Two commands: `make train` learns real text on this machine, `make test` runs the whole test suite.
+.PHONY: setup train test lint wheel
+python := .venv/bin/python
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x $(python) || python3 -m venv .venv
+	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+train: setup
+	@run=outputs/train-$$(date +%Y%m%d-%H%M%S) && \
+	./run_train.sh --job.dump_folder $$run && \
+	$(python) scripts/generate.py --checkpoint $$run --prompt "The " --max-new-tokens 160 --temperature 0.7
+
+test: setup
+	$(python) -m pytest
+
+lint: setup
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+
+wheel: setup
+	$(python) -m build --wheel

@@ -1,0 +1,95 @@
+"""The whole configuration of a run: each component's own section, gathered, and the checks between sections.
+
+Only the trainer and the entry points import this; components take their own section or plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lt2titan.checkpoint.config import CheckpointConfig
+from lt2titan.config.section import ConfigError
+from lt2titan.config.training import DebugConfig, JobSection, TrainingConfig
+from lt2titan.data.config import DataConfig, vocabulary_size
+from lt2titan.evaluation.config import ValidationConfig
+from lt2titan.kernels.config import KernelsConfig
+from lt2titan.metrics.config import MetricsConfig, ProfilingConfig
+from lt2titan.model.config import ModelConfig
+from lt2titan.optim.config import LRSchedulerConfig, OptimizerConfig
+from lt2titan.parallel.config import ActivationCheckpointConfig, ParallelismConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig:
+    """Train a looped language model. Every field can stand in the TOML file and on the command line."""
+
+    job: JobSection = field(default_factory=JobSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def sections(self) -> Iterator[tuple[str, Any]]:
+        for section in fields(self):
+            yield section.name, getattr(self, section.name)
+
+    def validate(self) -> None:
+        """Let every section refuse its own values; the error names the whole key."""
+        for name, section in self.sections():
+            with _named(name):
+                section.validate()
+
+    def validate_run(self, world_size: int) -> None:
+        """Refuse what each section allows but the run as a whole, on ``world_size`` processes, does not."""
+        with _named("parallelism"):
+            self.parallelism.validate_world_size(world_size)
+        with _named("training"):
+            self.training.n_accumulation(world_size)
+        if self.training.dataset == "synthetic":
+            return
+        with _named("data"):
+            n_tokens = vocabulary_size(self.data)
+        if n_tokens > self.model.vocab_size:
+            reason = f"the tokenizer {self.data.tokenizer!r} has {n_tokens} tokens; use at least that many"
+            raise ConfigError("model.vocab_size", self.model.vocab_size, reason)
+
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """(warm-up steps, horizon) of the learning rate, the warm-up no longer than the horizon."""
+        horizon = self.lr_scheduler.total_steps or self.training.steps
+        return min(self.lr_scheduler.warmup_steps, horizon), horizon
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant."""
+        warmup, horizon = self.schedule
+        if warmup < self.lr_scheduler.warmup_steps:
+            return [
+                f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is longer than the schedule's horizon; "
+                f"shortened to {horizon}"
+            ]
+        return []
+
+
+class _named:
+    """Put a section's name before the key of a ConfigError that its code raises."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, ConfigError):
+            error.key = f"{self.prefix}.{error.key}"

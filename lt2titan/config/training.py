@@ -1,0 +1,86 @@
+"""``[training]``, ``[job]`` and ``[debug]``: the run as a whole. Imports without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lt2titan.config.section import ConfigError, require
+
+
+@dataclass(kw_only=True, slots=True)
+class JobSection:
+    """The run and its folder."""
+
+    config_file: str = "train_configs/lt2_debug.toml"
+    """TOML file to start from; run_train.sh passes CONFIG_FILE."""
+    dump_folder: str = "outputs/run"
+    """Run folder: checkpoints, metrics, resolved config. One that holds a checkpoint is resumed."""
+    description: str = ""
+    """A sentence about the run, kept with it."""
+    print_config: bool = False
+    """Print the resolved configuration at start."""
+
+    def validate(self) -> None:
+        require(bool(self.dump_folder.strip()), self, "dump_folder", "must name a folder")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Data, batch, length and precision of the run."""
+
+    dataset: str = "python_docs"
+    """Kind of source: python_docs (built in), synthetic, files (txt, jsonl, parquet) or huggingface."""
+    dataset_path: str = ""
+    """files: glob pattern, folder or list of them; huggingface: a dataset's name or local files."""
+    steps: int = 1000
+    """Optimizer steps after which to stop (the schedule has its own horizon: lr_scheduler.total_steps)."""
+    local_batch_size: int = 8
+    """Sequences per process and microbatch."""
+    global_batch_size: int = -1
+    """Sequences per optimizer step over all processes; the rest is accumulated. -1: local_batch_size x processes."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    max_norm: float = 1.0
+    """Clip the gradient to this global norm."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of compute and all-gathers; auto: bfloat16 on GPU, float32 on CPU. Master weights are float32."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Precision of the gradient reduction."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped, none is applied)."""
+    gc_freq: int = 50
+    """Steps between Python garbage collections, on all ranks together."""
+
+    def validate(self) -> None:
+        for name in ("steps", "local_batch_size", "seq_len", "max_norm", "max_skipped_steps", "gc_freq"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        batch = self.global_batch_size
+        require(batch == -1 or batch > 0, self, "global_batch_size", "must be positive, or -1")
+
+    def n_accumulation(self, dp_size: int) -> int:
+        """Microbatches per optimizer step with ``dp_size`` data-parallel ranks."""
+        per_microbatch = self.local_batch_size * dp_size
+        if self.global_batch_size == -1:
+            return 1
+        if self.global_batch_size % per_microbatch:
+            raise ConfigError(
+                "global_batch_size",
+                self.global_batch_size,
+                f"is no multiple of local_batch_size x processes = {self.local_batch_size} x {dp_size} "
+                f"= {per_microbatch}",
+            )
+        return self.global_batch_size // per_microbatch
+
+
+@dataclass(kw_only=True, slots=True)
+class DebugConfig:
+    """Seeds and determinism."""
+
+    seed: int = 42
+    """Seed of the model's initialisation; the order of the data has its own (data.seed)."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (slower on GPU; CPU runs repeat bitwise without it)."""
+
+    def validate(self) -> None:
+        require(self.seed >= 0, self, "seed", "must not be negative")

@@ -1,0 +1,135 @@
+"""``[model]``: the shape of an LT2 model. Imports without torch.
+
+Names and defaults follow the LT2 paper (arXiv 2605.20670); presets are the TOML files in ``train_configs/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lt2titan.config.section import ConfigError, require
+from lt2titan.model.mixers.config import MixersConfig
+
+FULL_WINDOW = -1
+"""In ``loop.windows``: this loop attends to everything."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HybridConfig:
+    """A second, rare kind of mixer in the physical stack."""
+
+    mixer: str = ""
+    """The rare mixer ("" for none: every layer is model.mixer)."""
+    ratio: int = 4
+    """Common layers per rare layer (4 means 4:1)."""
+    placement: Literal["interleave", "bookend", "front", "back"] = "interleave"
+    """Where rare layers stand: the last of every ratio + 1, both ends of the stack, its bottom, or its top."""
+
+    def validate(self) -> None:
+        require(
+            self.mixer in ("", *MixersConfig.names()),
+            self,
+            "mixer",
+            f'must be "" or one of {MixersConfig.names()}',
+        )
+        require(self.ratio > 0, self, "ratio", "must be positive")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopConfig:
+    """What happens between the passes over the stack."""
+
+    residual_gate: bool = True
+    """Add rho_t * h(t-1) after loop t, rho zero-initialised, one vector per loop."""
+    windows: list[int] = field(default_factory=list)
+    """Attention window of softmax layers in each loop, n_loops entries, -1 for full; empty: each mixer's own."""
+
+    def validate(self) -> None:
+        ok = all(w > 0 or w == FULL_WINDOW for w in self.windows)
+        require(ok, self, "windows", "each entry must be positive, or -1 for full attention")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A looped language model: embedding, n_layers blocks applied n_loops times with the same weights, head."""
+
+    vocab_size: int = 258
+    """Rows of the embedding; at least the tokenizer's size."""
+    dim: int = 128
+    """Width of the residual stream."""
+    n_layers: int = 5
+    """Distinct blocks in the physical stack."""
+    n_loops: int = 4
+    """Passes over the blocks (T); effective depth is n_layers * n_loops."""
+    mixer: str = "gdn"
+    """The common token mixer: a table of model.mixers."""
+    ffn_dim: int = 0
+    """SwiGLU width; 0 means int(8/3 dim) rounded up to a multiple of ffn_multiple_of."""
+    ffn_multiple_of: int = 256
+    """Rounding of the derived SwiGLU width."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding (rotate-half pairing) of softmax layers."""
+    tie_embeddings: bool = True
+    """Use the embedding as the head's weight."""
+    hybrid: HybridConfig = field(default_factory=HybridConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    mixers: MixersConfig = field(default_factory=MixersConfig)
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn_dim:
+            return self.ffn_dim
+        width = int(2 * (4 * self.dim) / 3)
+        return -(-width // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The mixer of each physical layer, bottom first.
+
+        With ratio r, interleave makes layer i rare iff i mod (r + 1) = r; the other placements move the same number
+        of rare layers, bookend giving its odd one to the top.
+        """
+        if not self.hybrid.mixer:
+            return [self.mixer] * self.n_layers
+        period = self.hybrid.ratio + 1
+        interleaved = [i % period == self.hybrid.ratio for i in range(self.n_layers)]
+        n_rare = sum(interleaved)
+        first, last = range(n_rare), range(self.n_layers - n_rare, self.n_layers)
+        rare = {
+            "interleave": {i for i, is_rare in enumerate(interleaved) if is_rare},
+            "bookend": {*first[: n_rare // 2], *last[n_rare // 2 :]},
+            "front": {*first},
+            "back": {*last},
+        }[self.hybrid.placement]
+        return [self.hybrid.mixer if i in rare else self.mixer for i in range(self.n_layers)]
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_loops", "ffn_multiple_of", "norm_eps", "rope_theta"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        require(self.ffn_dim >= 0, self, "ffn_dim", "must be positive, or 0 for the derived width")
+        require(self.mixer in MixersConfig.names(), self, "mixer", f"must be one of {MixersConfig.names()}")
+        self._validate_part("hybrid")
+        self._validate_part("loop")
+        if self.hybrid.mixer and self.hybrid.mixer not in self.layer_mixers:
+            reason = f"{self.n_layers} layers hold no rare layer; lower it to at most {max(self.n_layers - 1, 1)}"
+            raise ConfigError("hybrid.ratio", self.hybrid.ratio, reason)
+        require(self.hybrid.mixer != self.mixer, self, "mixer", "is also hybrid.mixer: set one of them to another")
+        if self.loop.windows and len(self.loop.windows) != self.n_loops:
+            reason = f"needs one entry per loop, n_loops is {self.n_loops}"
+            raise ConfigError("loop.windows", self.loop.windows, reason)
+        if self.loop.windows and not {"full", "window"} & set(self.layer_mixers):
+            raise ConfigError("loop.windows", self.loop.windows, "the model has no softmax layer to apply them to")
+        for name in sorted(set(self.layer_mixers)):
+            try:
+                getattr(self.mixers, name).validate(self.dim)
+            except ConfigError as error:
+                raise ConfigError(f"mixers.{name}.{error.key}", error.value, error.reason) from None
+
+    def _validate_part(self, name: str) -> None:
+        try:
+            getattr(self, name).validate()
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{error.key}", error.value, error.reason) from None

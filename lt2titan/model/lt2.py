@@ -1,0 +1,76 @@
+"""LT2: a looped language model (arXiv 2605.20670). Knows nothing of how it lies on devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lt2titan.model.config import ModelConfig
+from lt2titan.model.context import Context, rotary_tables
+from lt2titan.model.head import logits, loss_sum
+from lt2titan.model.layers import Linear, RMSNorm
+from lt2titan.model.looped_core import LoopedCore
+from lt2titan.model.state import DecodeState
+
+
+class LT2(nn.Module):
+    """Embedding -> looped core -> norm -> head. Build it on ``meta``, lay it out, then `materialise` it.
+
+    Parameter names are part of the checkpoint format: embedding.weight, core.rho, core.blocks.{i}.{mixer_norm, mixer,
+    ffn_norm, ffn}.*, norm.weight, and head.weight unless the embedding is tied.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.core = LoopedCore(config, backend)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        tied = config.tie_embeddings
+        self.head = None if tied else Linear(config.dim, config.vocab_size, init_std=config.dim**-0.5)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
+        max_seqlen: int = 0,
+        state: DecodeState | None = None,
+    ) -> Tensor:
+        """Logits (B, L, vocab), or with ``targets`` the summed cross-entropy (a scalar, in nats).
+
+        Args:
+            tokens: (B, L) int64.
+            targets: (B, L) int64, head.IGNORE_INDEX where nothing is predicted.
+            positions: (B, L) int64, each token's place in its document; by default its place in the row.
+            cu_seqlens: (N + 1,) int32, boundaries of packed documents over the flattened tokens (B x L); positions
+                must then restart with them.
+            chunk_indices: see kernels.gated_delta_rule.make_chunk_indices; saves a device sync with cu_seqlens.
+            max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
+            state: continue the sequences in it, and update it; not with cu_seqlens.
+        """
+        shape = tokens.shape
+        if positions is None:
+            start = 0 if state is None else state.advance(shape[1])
+            positions = torch.arange(start, start + shape[1], device=tokens.device).expand(shape)
+        if cu_seqlens is not None:  # packed kernels take one row with boundaries
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
+        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen or shape[1])
+        h = self.core(self.embedding(tokens), context, None if state is None else state.slots)
+        h = self.norm(h)
+        if targets is not None:
+            return loss_sum(h, self.head_weight, targets.reshape(tokens.shape))
+        return logits(h, self.head_weight).view(*shape, -1)
+
+    def _rotary_dims(self) -> Iterator[int]:
+        return (block.mixer.rotary_dim for block in self.core.blocks if block.mixer.rotary_dim)

@@ -1,0 +1,48 @@
+"""The mixer protocol. A new mixer is one file, one row in the registry, one table in the configuration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lt2titan.model.context import Carry, Context
+
+State = dict[str, Tensor]
+"""The decode state of one (layer, loop): tensors allocated once and updated in place."""
+
+
+class StateSpec(NamedTuple):
+    """One tensor of a decode state; dtype None is the compute dtype, fill its initial value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    fill: int = 0
+
+
+class Mixer(nn.Module):
+    """Mixes tokens: y_t depends on x_1..x_t of the same document."""
+
+    rotary_dim: int = 0
+    """Head width that needs RoPE tables in the context; 0 for none."""
+
+    def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
+        """x (B, L, dim) -> (B, L, dim). With ``state``, x continues the sequences it holds, and it is updated."""
+        raise NotImplementedError
+
+    def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
+        """Decode state for ``batch_size`` sequences of up to ``max_length`` tokens; ``window`` as in Context."""
+        raise NotImplementedError
+
+    def attention_flops(self, seq_len: int, window: int | None) -> float:
+        """Forward FLOPs per token of products between tokens that model FLOPs count (softmax attention)."""
+        return 0.0
+
+    def recurrence_flops(self) -> float:
+        """Forward FLOPs per token of a linear recurrence in chunks; reported apart from model FLOPs."""
+        return 0.0
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Initialise a parameter that this mixer owns itself (not one of a child module)."""
+        raise NotImplementedError(name)

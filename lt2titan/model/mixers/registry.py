@@ -1,0 +1,16 @@
+"""Which class a mixer's name in the configuration stands for."""
+
+from __future__ import annotations
+
+from lt2titan.model.config import ModelConfig
+from lt2titan.model.mixers.base import Mixer
+from lt2titan.model.mixers.full import Full
+from lt2titan.model.mixers.gdn import GDN
+from lt2titan.model.mixers.window import Window
+
+MIXERS: dict[str, type] = {"full": Full, "window": Window, "gdn": GDN}
+
+
+def build_mixer(name: str, config: ModelConfig, backend: str) -> Mixer:
+    """The mixer ``name`` with the sizes of ``model.mixers.<name>``."""
+    return MIXERS[name](getattr(config.mixers, name), config.dim, config.norm_eps, backend)

@@ -1,0 +1,33 @@
+"""Starting and ending the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the processes that torchrun started and yield this one's device; leave at the end.
+
+    Raises:
+        RuntimeError: not started by torchrun.
+    """
+    if "RANK" not in os.environ:
+        raise RuntimeError("start training with ./run_train.sh, or python -m torch.distributed.run -m lt2titan.train")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        # gloo beside nccl: checkpoints exchange their plans on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

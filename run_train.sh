@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Train: check the configuration, then start one process per GPU (or NGPU processes on CPU) on this node.
+#
+#   CONFIG_FILE=train_configs/lt2_1.3b.toml ./run_train.sh --training.steps 1000
+#
+#   CONFIG_FILE  TOML file                            (default: train_configs/lt2_debug.toml)
+#   NGPU         processes on this node               (default: the GPUs seen, else 1)
+#   LOG_RANK     ranks whose output is shown, "0,1"   (default: 0)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT          several nodes; scripts/slurm/train.sbatch sets them
+# Everything after the script is an override, --section.field value; --help lists them all.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=python3
+[ -x "$here/.venv/bin/python" ] && python=$here/.venv/bin/python
+
+config_file=${CONFIG_FILE:-train_configs/lt2_debug.toml}
+# The default and the recipes' names work from any folder.
+[ -e "$config_file" ] || [ ! -e "$here/$config_file" ] || config_file=$here/$config_file
+if [ -z "${NGPU:-}" ]; then
+  NGPU=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  [ "$NGPU" -gt 0 ] || NGPU=1
+fi
+NNODES=${NNODES:-1}
+export NGPU NNODES
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+
+# Refuse a bad configuration in a second and with one message, before torch starts.
+"$python" -m lt2titan.config --job.config_file "$config_file" "$@"
+for argument in "$@"; do
+  case $argument in -h | --help) exit 0 ;; esac
+done
+
+# torchrun would set one thread per process; share the cores instead.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+
+if [ "$NNODES" -gt 1 ]; then
+  rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?several nodes need NODE_RANK}"
+    --master-addr "${MASTER_ADDR:?several nodes need MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}")
+else
+  rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0)
+fi
+exec "$python" -m torch.distributed.run --nproc-per-node "$NGPU" "${rendezvous[@]}" \
+  --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+  -m lt2titan.train --job.config_file "$config_file" "$@"

@@ -1,0 +1,124 @@
+"""Sizes, placements and counts, against the figures of the paper and its reference tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lt2titan.config.loader import load_config
+from lt2titan.config.section import ConfigError
+from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
+from lt2titan.model.flops import count_parameters, training_flops_per_token
+from lt2titan.model.init import build_on_meta
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+
+TRAIN_CONFIGS = Path(__file__).resolve().parents[3] / "train_configs"
+
+
+def recipe(name: str) -> LT2:
+    return build_on_meta(load_config(TRAIN_CONFIGS / name).model, "reference")
+
+
+def test_flagship_without_output_gate_has_the_published_size() -> None:
+    count = count_parameters(recipe("ablations/no_output_gate_1.3b.toml"))
+    assert count.total == 1_426_028_032
+    assert count.embedding == 262_668_288
+    assert sorted(set(count.blocks)) == [51_384_320, 59_863_264]
+    assert count.blocks.index(51_384_320) == 4
+
+
+def test_smaller_model_has_the_published_block_sizes() -> None:
+    count = count_parameters(recipe("ablations/no_output_gate_0.6b.toml"))
+    assert sorted(set(count.blocks)) == [12_847_104, 14_989_440]
+    assert count.embedding == count.head == 131_334_144
+    assert round(count.total / 1e6) == 569
+
+
+def test_swiglu_widths() -> None:
+    assert ModelConfig(dim=1024).ffn_width == 2816
+    assert ModelConfig(dim=2048).ffn_width == 5632
+
+
+@pytest.mark.parametrize(
+    ("placement", "ratio", "rare"),
+    [
+        ("interleave", 4, [4, 9, 14, 19]),
+        ("bookend", 4, [0, 1, 18, 19]),
+        ("front", 4, [0, 1, 2, 3]),
+        ("back", 4, [16, 17, 18, 19]),
+        ("interleave", 1, list(range(1, 20, 2))),
+        ("interleave", 12, [12]),
+        ("bookend", 6, [0, 19]),
+        ("bookend", 12, [19]),
+    ],
+)
+def test_placements(placement: str, ratio: int, rare: list[int]) -> None:
+    hybrid = HybridConfig(mixer="full", ratio=ratio, placement=placement)  # type: ignore[arg-type]
+    mixers = ModelConfig(n_layers=20, hybrid=hybrid).layer_mixers
+    assert [i for i, name in enumerate(mixers) if name == "full"] == rare
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            ModelConfig(mixers=MixersConfig(gdn=GDNConfig(n_heads=5))),
+            r"mixers\.gdn\.n_heads = 5.*\[1, 2, 3, 4, 6",
+        ),
+        (
+            ModelConfig(mixer="full", mixers=MixersConfig(full=FullConfig(n_heads=128))),
+            r"full\.n_heads = 128",
+        ),
+        (
+            ModelConfig(mixer="full", mixers=MixersConfig(full=FullConfig(n_kv_heads=3))),
+            r"n_kv_heads = 3.*\[1, 2, 4, 8, 16\]",
+        ),
+        (ModelConfig(mixer="gdm"), "mixer = 'gdm'"),
+        (ModelConfig(hybrid=HybridConfig(mixer="gdn")), "is also hybrid.mixer"),
+        (
+            ModelConfig(n_layers=4, hybrid=HybridConfig(mixer="full")),
+            r"hybrid\.ratio = 4: 4 layers hold no rare",
+        ),
+        (ModelConfig(mixer="full", loop=LoopConfig(windows=[1, 2])), r"loop\.windows.*n_loops is 4"),
+        (ModelConfig(loop=LoopConfig(windows=[1, 2, 3, 4])), "no softmax layer"),
+        (ModelConfig(mixer="full", loop=LoopConfig(windows=[0, 2, 3, 4])), "-1 for full"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_with_those_that_would(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
+
+
+def test_flops_of_the_flagship_by_hand() -> None:
+    """6 (T blocks + head) + 6 L d per softmax layer executed: the convention of the published measurements."""
+    blocks = 16 * 59_863_264 + 4 * 51_384_320
+    expected = 6 * (4 * blocks + 262_668_288) + 6 * 4096 * 2048 * 4 * 4
+    assert training_flops_per_token(recipe("ablations/no_output_gate_1.3b.toml"), 4096).model == expected
+
+
+def test_flops_of_windows_count_the_tokens_inside() -> None:
+    model = recipe("ablations/loop_coarse_to_fine_1.3b.toml")
+    full = recipe("lt2_1.3b.toml")
+    difference = training_flops_per_token(full, 4096).model - training_flops_per_token(model, 4096).model
+    # Keys that a token sees on average: all of the causal triangle, less what lies beyond the window.
+    pairs = [
+        sum(min(i, w) - 0.5 for i in range(1, 4097)) / 4096 for w in (4096, 512, 256, 128)
+    ]  # the diagonal counts half, as in L / 2
+    expected = sum(12 * 2048 * 4 * (pairs[0] - p) for p in pairs)
+    assert difference == pytest.approx(expected, rel=2e-3)
+
+
+def test_flops_agree_with_counting_what_torch_executes() -> None:
+    config = ModelConfig(vocab_size=512, dim=64, n_layers=2, n_loops=3, mixer="full", tie_embeddings=False)
+    model = build_on_meta(config, "reference")
+    tokens = torch.zeros(2, 128, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, targets=tokens).backward()
+    ours = training_flops_per_token(model, 128).model * tokens.numel()
+    # torch counts all pairs of tokens, not the causal half; norms are parameters without a product.
+    attention = 6 * config.n_loops * config.n_layers * 128 * config.dim * tokens.numel()
+    assert counter.get_total_flops() == pytest.approx(ours + attention, rel=0.02)
