@@ -1,0 +1,83 @@
+"""What a run records about itself ([metrics]) and what it traces ([profiling]). Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from lt2titan.config.section import require
+
+
+def _require_folder_inside_run(section: Any, field: str) -> None:
+    folder = PurePath(getattr(section, field))
+    inside = folder.parts and not folder.is_absolute() and ".." not in folder.parts
+    require(bool(inside), section, field, "must name a folder inside the run folder, such as 'tb' or 'logs/tb'")
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricsConfig:
+    """`metrics.jsonl` and the console line are always written; TensorBoard and W&B are switched on here."""
+
+    log_freq: int = 10
+    """Steps between two log records; the first and the last step of a run are logged too."""
+
+    enable_tensorboard: bool = False
+    """Write TensorBoard event files into `save_tb_folder`."""
+
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard event files, inside the run folder; a resumed run continues in it."""
+
+    enable_wandb: bool = False
+    """Log to Weights & Biases; offline when WANDB_MODE=offline or when there is no API key."""
+
+    wandb_project: str = "lt2titan"
+    """W&B project; the entity is taken from WANDB_ENTITY."""
+
+    wandb_run_name: str = ""
+    """W&B display name of the run; "" takes the name of the run folder."""
+
+    disable_color_printing: bool = False
+    """Print console lines without colour (also when NO_COLOR is set or the output is not a terminal)."""
+
+    def validate(self) -> None:
+        require(self.log_freq >= 1, self, "log_freq", "must be at least 1")
+        _require_folder_inside_run(self, "save_tb_folder")
+        require(
+            bool(self.wandb_project) or not self.enable_wandb,
+            self,
+            "wandb_project",
+            "must name a project when metrics.enable_wandb is set",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfilingConfig:
+    """torch.profiler traces of chosen steps; open them in https://ui.perfetto.dev or chrome://tracing."""
+
+    enable_profiling: bool = False
+    """Write a trace per rank every `profile_freq` steps."""
+
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, inside the run folder: iteration_N/rankR_trace.json.gz; N is the step traced."""
+
+    profile_freq: int = 10
+    """Steps from one trace to the next; each trace ends at a multiple of it."""
+
+    profiler_active: int = 1
+    """Consecutive steps in one trace."""
+
+    profiler_warmup: int = 3
+    """Steps before a trace in which the profiler runs but keeps nothing: its start-up cost stays out."""
+
+    def validate(self) -> None:
+        _require_folder_inside_run(self, "save_traces_folder")
+        require(self.profiler_active >= 1, self, "profiler_active", "must be at least 1")
+        require(self.profiler_warmup >= 0, self, "profiler_warmup", "must not be negative")
+        needed = self.profiler_active + self.profiler_warmup
+        require(
+            self.profile_freq >= needed,
+            self,
+            "profile_freq",
+            f"must be at least profiler_active + profiler_warmup = {needed}",
+        )

@@ -1,0 +1,69 @@
+"""What one log record holds: the contract between the trainer, `metrics.jsonl` and every other sink."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Protocol
+
+Value = float | int | None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingRecord:
+    """One logged training step; throughput figures are averages since the previous record."""
+
+    kind: ClassVar[str] = "train"
+
+    step: int
+    loss: float  # mean cross-entropy per valid token of this step, nats
+    grad_norm: float  # global L2 norm before clipping
+    lr: float
+    tokens_per_second: float  # all ranks together
+    tokens_seen: int  # all ranks together, since the start of training
+    mfu: float | None  # fraction of the dense bf16 peak; None where the peak is unknown
+    tflops: float  # achieved model TFLOP/s per device
+    memory_gib: float  # peak on the logging rank, see hardware.peak_memory_gib
+    data_wait_fraction: float  # share of the time that the logging rank waited for data
+    skipped_steps: int  # since the start of training
+    time: float = field(default_factory=time.time)  # seconds since the epoch
+    extra: dict[str, float] = field(default_factory=dict)  # further figures, written beside the others
+
+    def values(self) -> dict[str, Value]:
+        return _flatten(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationRecord:
+    """One pass over the validation data, after `step` training steps."""
+
+    kind: ClassVar[str] = "validation"
+
+    step: int
+    validation_loss: float  # mean cross-entropy per valid token, nats
+    bits_per_byte: float
+    time: float = field(default_factory=time.time)
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Value]:
+        return _flatten(self)
+
+
+Record = TrainingRecord | ValidationRecord
+
+
+class Sink(Protocol):
+    """A place that records go to."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self, failed: bool) -> None:
+        """Write what is pending; ``failed`` says that the run ends with an error."""
+
+
+def _flatten(record: Record) -> dict[str, Value]:
+    named: dict[str, Value] = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "extra"}
+    clash = named.keys() & record.extra.keys()
+    if clash:
+        raise ValueError(f"extra metrics {sorted(clash)} have the names of fields of {type(record).__name__}")
+    return named | record.extra

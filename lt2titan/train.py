@@ -1,0 +1,37 @@
+"""Entry point of every training process: ``python -m torch.distributed.run ... -m lt2titan.train [overrides]``.
+
+`./run_train.sh` calls it after `python -m lt2titan.config` has refused what cannot work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lt2titan.checkpoint.storage import CheckpointError
+from lt2titan.config.loader import parse_arguments
+from lt2titan.config.section import ConfigError
+from lt2titan.data.errors import DataError
+from lt2titan.metrics.jsonl import MetricsWriteError
+from lt2titan.metrics.logging import init_logging
+from lt2titan.optim.guard import NonFiniteError
+from lt2titan.parallel.distributed import process_group
+from lt2titan.trainer import Trainer
+
+
+def main() -> None:
+    config = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    logger = init_logging(int(os.environ.get("RANK", "0")))
+    for warning in config.warnings():
+        logger.warning(warning)
+    try:
+        with process_group() as device, Trainer(config, device) as trainer:
+            trainer.train()
+    except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError) as error:
+        # What the user can mend needs no traceback; everything else keeps its own.
+        logger.error("%s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

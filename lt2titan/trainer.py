@@ -1,0 +1,296 @@
+"""The Trainer: build, loop, step, validate."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lt2titan.checkpoint.manager import CheckpointManager
+from lt2titan.config.job import JobConfig
+from lt2titan.config.provenance import resolved_toml
+from lt2titan.data.device import model_inputs
+from lt2titan.data.loader import Batch, build_train_loader, build_validation_loader
+from lt2titan.evaluation.validate import Evaluation, evaluate
+from lt2titan.kernels.backend import resolve_backend
+from lt2titan.metrics.hardware import peak_flops, peak_memory_gib
+from lt2titan.metrics.metrics_logger import METRICS_FILE, MetricsLogger
+from lt2titan.metrics.profiler import maybe_profile
+from lt2titan.metrics.record import TrainingRecord, ValidationRecord
+from lt2titan.metrics.throughput import Throughput
+from lt2titan.model.flops import count_parameters, training_flops_per_token
+from lt2titan.model.head import IGNORE_INDEX
+from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.lt2 import LT2
+from lt2titan.optim.guard import NonFiniteGuard
+from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.optim.schedule import learning_rate_factor
+from lt2titan.parallel.fsdp import reshard
+from lt2titan.parallel.mesh import ParallelDims
+from lt2titan.parallel.parallelize import parallelize
+
+logger = logging.getLogger("lt2titan")
+
+CONFIG_FILE = "config.toml"
+
+
+class Trainer:
+    """One process's share of a training run; a context manager, because metrics must be closed."""
+
+    def __init__(self, config: JobConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.is_main = dist.get_rank() == 0
+        self.folder = Path(config.job.dump_folder)
+        self.config_text = resolved_toml(config)
+        torch.manual_seed(config.debug.seed)
+        torch.use_deterministic_algorithms(config.debug.deterministic)
+
+        self.dims = ParallelDims.build(config.parallelism, device.type)
+        self.n_accumulation = config.training.n_accumulation(self.dims.dp_size)
+        self.model = build_model(config, self.dims, device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.guard = NonFiniteGuard(config.training.max_skipped_steps, device)
+        self._build_data()
+        self.step = self.tokens_seen = 0
+        self.last_evaluation: Evaluation | None = None
+        self.checkpoints = CheckpointManager(self.folder / config.checkpoint.folder, config.checkpoint)
+        self._restore()
+        self._open_metrics()
+
+    def _build_data(self) -> None:
+        training, validation = self.config.training, self.config.validation
+        place: dict[str, Any] = {
+            "dp_rank": self.dims.dp_rank,
+            "dp_size": self.dims.dp_size,
+            "vocab_size": self.config.model.vocab_size,
+            # Validation without text of its own takes whole documents out of training's.
+            "holdout": validation.enable and not validation.dataset_path and not validation.dataset,
+        }
+        self.train_loader = build_train_loader(
+            self.config.data,
+            dataset=training.dataset,
+            dataset_path=training.dataset_path,
+            seq_len=training.seq_len,
+            local_batch_size=training.local_batch_size,
+            pin_memory=self.device.type == "cuda",
+            **place,
+        )
+        if not validation.enable:
+            return
+        self.validation_loader = build_validation_loader(
+            self.config.data,
+            dataset=validation.dataset or training.dataset,
+            dataset_path=validation.dataset_path or training.dataset_path,
+            seq_len=validation.seq_len or training.seq_len,
+            local_batch_size=validation.local_batch_size or training.local_batch_size,
+            steps=validation.steps,
+            **place,
+        )
+
+    @property
+    def _data_shard(self) -> tuple[int, int] | None:
+        """Whose data position this rank's is: a stream has one per data-parallel rank, everything else one for all."""
+        return (self.dims.dp_rank, self.dims.dp_size) if self.config.data.streaming else None
+
+    def _restore(self) -> None:
+        """Continue from the run folder's checkpoint, start from another's weights, or from scratch; logs which."""
+        loaded = self.checkpoints.restore(model=self.model, optimizer=self.optimizer, data_shard=self._data_shard)
+        if loaded is None or not loaded.step:
+            return
+        self.step = loaded.step
+        self.tokens_seen = int(loaded.train_state["tokens_seen"])
+        self.guard.restore(int(loaded.train_state["skipped_steps"]))
+        self.train_loader.load_state_dict(loaded.data_state)
+
+    def save(self) -> None:
+        """Write a full checkpoint of the current step."""
+        self.checkpoints.save(
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            train_state={"tokens_seen": self.tokens_seen, "skipped_steps": self.guard.check()},
+            data_state=self.train_loader.state_dict(),
+            data_shard=self._data_shard,
+            config_text=self.config_text,
+        )
+
+    def _open_metrics(self) -> None:
+        training = self.config.training
+        flops = training_flops_per_token(self.model, training.seq_len)
+        self.flops_per_token = flops.model
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / CONFIG_FILE).write_text(self.config_text, encoding="utf-8")
+            parameters = count_parameters(self.model)
+            logger.info(
+                "%.1f M parameters (%.1f M in the core, applied %d times), %.3g training FLOPs per token",
+                parameters.total / 1e6,
+                parameters.core / 1e6,
+                self.config.model.n_loops,
+                flops.model,
+            )
+            if self.config.job.print_config:
+                logger.info("resolved configuration:\n%s", self.config_text)
+        self.metrics = MetricsLogger(
+            self.config.metrics,
+            self.folder,
+            steps=training.steps,
+            resume_step=self.step,
+            is_main=self.is_main,
+            run_config=asdict(self.config),
+        )
+        self.throughput = Throughput(dist.get_world_size(), peak_flops(self.device), self.device)
+
+    def train(self) -> None:
+        """Step until training.steps; log, validate and save on the way and at the end."""
+        config = self.config
+        if self.step >= config.training.steps:
+            logger.info("step %d reached training.steps already: nothing to do", self.step)
+        gc.disable()  # collections at different times on different ranks would make all of them wait
+        batches = iter(self.train_loader)
+        profiling = maybe_profile(config.profiling, self.folder, rank=dist.get_rank(), start_step=self.step)
+        with profiling as profiler:
+            while self.step < config.training.steps:
+                with self.throughput.data_wait():
+                    microbatches = [next(batches) for _ in range(self.n_accumulation)]
+                loss, grad_norm = self.train_step(microbatches)
+                if self.metrics.should_log(self.step):
+                    self._log(loss, grad_norm)
+                is_last = self.step == config.training.steps
+                if config.validation.enable and (is_last or self.step % config.validation.freq == 0):
+                    with self.throughput.paused():
+                        self.validate()
+                if self.checkpoints.is_due(self.step, last=is_last):
+                    with self.throughput.paused():
+                        self.save()
+                if self.step % config.training.gc_freq == 0:
+                    gc.collect()
+                profiler.step()
+        gc.enable()
+        self._summarise()
+
+    def _summarise(self) -> None:
+        """The end of the log: where the run stands and where its results lie."""
+        if not self.is_main:
+            return
+        logger.info("finished at step %d, %s tokens seen", self.step, f"{self.tokens_seen:,}")
+        if self.last_evaluation:
+            logger.info(
+                "validation: loss %.4f, %.3f bits per byte",
+                self.last_evaluation.loss,
+                self.last_evaluation.bits_per_byte,
+            )
+        logger.info("metrics:    %s", self.folder / METRICS_FILE)
+        if self.config.checkpoint.enable:
+            logger.info("checkpoint: %s", self.checkpoints.folder / f"step-{self.step}")
+
+    def train_step(self, microbatches: list[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step over ``microbatches``; returns loss (mean over valid tokens of all ranks) and gradient
+        norm, both on the device. Nothing here waits for the device."""
+        self.step += 1
+        n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
+        n_valid = n_valid.to(self.device, non_blocking=True)
+        dist.all_reduce(n_valid)
+        total = torch.zeros((), device=self.device)
+        for batch in microbatches:
+            loss = self.model(**model_inputs(batch, self.device)) / n_valid.clamp(min=1)
+            loss.backward()
+            total += loss.detach()
+        reshard(self.model)
+        dist.all_reduce(total)
+        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm)
+        learning_rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.guard.step(self.optimizer, total, grad_norm)
+        self.optimizer.zero_grad()
+
+        n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size
+        self.tokens_seen += n_tokens
+        self.throughput.add_step(n_tokens, self.flops_per_token)
+        return total, grad_norm
+
+    def learning_rate(self) -> float:
+        """The learning rate of the current step (counted from 1)."""
+        warmup_steps, total_steps = self.config.schedule
+        scheduler = self.config.lr_scheduler
+        return self.config.optimizer.lr * learning_rate_factor(
+            self.step,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
+            decay_type=scheduler.decay_type,
+            min_lr_factor=scheduler.min_lr_factor,
+        )
+
+    def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
+        n_skipped = self.guard.check()  # waits for the device, as the values below would
+        sample = self.throughput.measure()
+        self.metrics.log(
+            TrainingRecord(
+                step=self.step,
+                loss=loss.item(),
+                grad_norm=grad_norm.item(),
+                lr=self.learning_rate(),
+                tokens_per_second=sample.tokens_per_second,
+                tokens_seen=self.tokens_seen,
+                mfu=sample.mfu,
+                tflops=sample.tflops,
+                memory_gib=peak_memory_gib(self.device),
+                data_wait_fraction=sample.data_wait_fraction,
+                skipped_steps=n_skipped,
+            )
+        )
+
+    def validate(self) -> Evaluation:
+        """Loss and bits per byte of the held-out text, into the metrics."""
+        evaluation = evaluate(self.model, self.validation_loader, self.device)
+        reshard(self.model)
+        self.last_evaluation = evaluation
+        self.metrics.log(
+            ValidationRecord(step=self.step, validation_loss=evaluation.loss, bits_per_byte=evaluation.bits_per_byte)
+        )
+        return evaluation
+
+    def close(self, failed: bool = False) -> None:
+        self.metrics.close(failed)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+
+def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> LT2:
+    """The model on ``device``, laid out over ``dims``, with its initial values."""
+    backend = resolve_backend(config.kernels.backend, device)
+    model = build_on_meta(config.model, backend)
+    precision = config.training.mixed_precision_param
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    parallelize(
+        model,
+        dims,
+        param_dtype=getattr(torch, precision),
+        activation_checkpoint=config.activation_checkpoint.mode,
+    )
+    materialise(model, device, config.debug.seed)
+    return model
+
+
+def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of all shards to a global L2 norm of at most ``max_norm``; returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
