@@ -5,13 +5,14 @@
 #
 #   CONFIG_FILE  TOML file                            (default: train_configs/lt2_debug.toml)
 #   NGPU         processes on this node               (default: the GPUs seen, else 1)
-#   LOG_RANK     ranks whose output is shown, "0,1"   (default: 0)
+#   PYTHON       interpreter                          (default: .venv's if there is one, else python3)
+#   LOG_RANK     ranks whose output is shown, "0,1"   (default: 0; on several nodes: of each node)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT          several nodes; scripts/slurm/train.sbatch sets them
 # Everything after the script is an override, --section.field value; --help lists them all.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=python3
-[ -x "$here/.venv/bin/python" ] && python=$here/.venv/bin/python
+python=${PYTHON:-}
+[ -n "$python" ] || { [ -x "$here/.venv/bin/python" ] && python=$here/.venv/bin/python || python=python3; }
 
 config_file=${CONFIG_FILE:-train_configs/lt2_debug.toml}
 # The default and the recipes' names work from any folder.
@@ -29,6 +30,8 @@ export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 for argument in "$@"; do
   case $argument in -h | --help) exit 0 ;; esac
 done
+# A job script checks once, before it starts the nodes.
+[ -z "${CHECK_ONLY:-}" ] || exit 0
 
 # torchrun would set one thread per process; share the cores instead.
 cores=$(getconf _NPROCESSORS_ONLN)
@@ -37,10 +40,11 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 if [ "$NNODES" -gt 1 ]; then
   rendezvous=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?several nodes need NODE_RANK}"
-    --master-addr "${MASTER_ADDR:?several nodes need MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}")
+    --master-addr "${MASTER_ADDR:?several nodes need MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}"
+    --role "node$NODE_RANK.rank")
 else
-  rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0)
+  rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 --role rank)
 fi
 exec "$python" -m torch.distributed.run --nproc-per-node "$NGPU" "${rendezvous[@]}" \
-  --local-ranks-filter "${LOG_RANK:-0}" --role rank --tee 3 \
+  --local-ranks-filter "${LOG_RANK:-0}" --tee 3 \
   -m lt2titan.train --job.config_file "$config_file" "$@"

@@ -71,7 +71,7 @@ class Trainer:
             "dp_size": self.dims.dp_size,
             "vocab_size": self.config.model.vocab_size,
             # Validation without text of its own takes whole documents out of training's.
-            "holdout": validation.enable and not validation.dataset_path and not validation.dataset,
+            "holdout": not validation.dataset_path and not validation.dataset,
         }
         self.train_loader = build_train_loader(
             self.config.data,

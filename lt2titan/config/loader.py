@@ -164,8 +164,13 @@ def parse_arguments(arguments: Sequence[str], world_size: int | None = None) -> 
             config_file = arguments[i + 1]
         elif argument.startswith("--job.config_file="):
             config_file = argument.split("=", 1)[1]
+    return load_config_or_exit(config_file, arguments, world_size)
+
+
+def load_config_or_exit(config_file: str | Path, overrides: Sequence[str], world_size: int | None = None) -> JobConfig:
+    """`load_config` for a command: a refusal is one message on standard error and status 2."""
     try:
-        return load_config(config_file, arguments, world_size)
+        return load_config(config_file, overrides, world_size)
     except ConfigFileError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(2)

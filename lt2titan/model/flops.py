@@ -23,7 +23,7 @@ class Flops(NamedTuple):
     """Training FLOPs per token, forward and backward.
 
     model: what MFU counts. recurrence: the linear mixers' products with states and between tokens of a chunk, which
-    MFU leaves out (about 5 % at the reference sizes).
+    MFU leaves out (about 2 % at the reference sizes).
     """
 
     model: float

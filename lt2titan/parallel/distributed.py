@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that torchrun started and yield this one's device; leave at the end.
+    """Join the processes that torchrun started and yield this one's device; leave at the end, but not after an error:
+    other ranks may be waiting in a collective, and leaving would wait for them.
 
     Raises:
         RuntimeError: not started by torchrun.
@@ -27,7 +28,5 @@ def process_group() -> Iterator[torch.device]:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()

@@ -1,0 +1,21 @@
+"""The `[kernels]` section. Imports without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lt2titan.config.section import require
+
+
+@dataclass(kw_only=True, slots=True)
+class KernelsConfig:
+    """Which implementation computes the operators."""
+
+    backend: Literal["auto", "reference", "fla"] = "auto"
+    """Gated delta rule, short convolution and gated norm: 'fla' is flash-linear-attention's Triton kernels (CUDA),
+    'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on CUDA and the reference elsewhere."""
+
+    def validate(self) -> None:
+        known = ("auto", "reference", "fla")
+        require(self.backend in known, self, "backend", f"must be one of {', '.join(known)}")

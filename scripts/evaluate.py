@@ -1,0 +1,84 @@
+"""Validation loss and bits per byte of a checkpoint on given files.
+
+python scripts/evaluate.py --checkpoint outputs/run --files 'held_out/*.parquet'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lt2titan.checkpoint.storage import CheckpointError
+from lt2titan.config.section import ConfigError
+from lt2titan.data.errors import DataError
+from lt2titan.data.loader import build_validation_loader
+from lt2titan.evaluation.validate import evaluate
+from lt2titan.inference.load import load_model, pick_device
+from lt2titan.metrics.logging import init_logging
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Validation loss and bits per byte of a checkpoint."""
+
+    checkpoint: Path
+    """A step folder, a run folder (its newest valid checkpoint), or a converted file."""
+    files: str = ""
+    """Text, .jsonl or .parquet files: a path, folder, glob pattern or a list with commas. "" evaluates on the text
+    that the run held out for its validation."""
+    text_column: str = ""
+    """Column that holds the text; "" takes the run's."""
+    tokenizer: str = ""
+    """Tokenizer, if it no longer lies where the run had it."""
+    seq_len: int = 0
+    """Tokens per sequence; 0 takes the run's."""
+    batch_size: int = 8
+    """Sequences per batch."""
+    steps: int = -1
+    """Batches; -1 for all of the text."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the GPU if there is one."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    init_logging()
+    device = pick_device(arguments.device)
+    try:
+        model, config = load_model(arguments.checkpoint, device)
+        config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
+        config.data.text_column = arguments.text_column or config.data.text_column
+        validation, training = config.validation, config.training
+        own_files = bool(validation.dataset or validation.dataset_path)
+        batches = build_validation_loader(
+            config.data,
+            dataset="files" if arguments.files else validation.dataset or training.dataset,
+            dataset_path=arguments.files or validation.dataset_path or training.dataset_path,
+            seq_len=arguments.seq_len or validation.seq_len or training.seq_len,
+            local_batch_size=arguments.batch_size,
+            dp_rank=0,
+            dp_size=1,
+            vocab_size=config.model.vocab_size,
+            steps=arguments.steps,
+            holdout=not (arguments.files or own_files),
+        )
+        result = evaluate(model, batches, device)
+    except (CheckpointError, ConfigError, DataError) as error:
+        sys.exit(f"evaluate: {error}")
+    if arguments.json:
+        print(json.dumps(result._asdict()))
+    else:
+        print(
+            f"loss {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
+            f"{result.n_tokens:,} tokens"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Training runs through the real launcher: layouts, resumption and recovery against straight runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from harness import ROOT, TINY, environment, launch, losses, metrics, run_script, train
+
+GOLDEN = ROOT / "tests" / "assets" / "golden_losses.json"
+EVERY_STEP = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "tokens_seen",
+    "mfu",
+    "tflops",
+    "memory_gib",
+    "data_wait_fraction",
+    "skipped_steps",
+    "time",
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps without interruption, what others are compared with."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(folder)
+    return folder
+
+
+def test_golden_losses(straight: Path) -> None:
+    """The first twenty losses are part of the project: regenerate the file only when a change means to move them."""
+    assert losses(straight) == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+
+
+def test_metrics_and_run_folder(straight: Path) -> None:
+    records = metrics(straight)
+    assert [r["step"] for r in records] == list(range(1, 21))
+    assert all(set(r) == EVERY_STEP for r in records)
+    assert [r["tokens_seen"] for r in records] == [128 * n for n in range(1, 21)]
+    assert all(r["mfu"] is None for r in records)  # no peak is known for a CPU
+    assert records[4]["lr"] == pytest.approx(1e-3) and records[-1]["lr"] == pytest.approx(1e-4)
+    validations = metrics(straight, "validation_loss")
+    assert [r["step"] for r in validations] == [10, 20]
+    # A synthetic token stands for one byte, so both measures say the same.
+    assert validations[0]["bits_per_byte"] == pytest.approx(validations[0]["validation_loss"] / math.log(2), rel=0.01)
+    assert sorted(p.name for p in (straight / "checkpoint").iterdir()) == ["step-10", "step-20"]
+
+
+def test_saved_configuration_reproduces_the_run(straight: Path, tmp_path: Path) -> None:
+    text = (straight / "config.toml").read_text()
+    assert re.search(r"^# lt2titan \S+, commit \S+$", text, re.M) and "torch 2." in text
+    train(tmp_path, config=straight / "config.toml")
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_resumed_runs_equal_the_straight_run_bitwise(straight: Path, tmp_path: Path) -> None:
+    horizon = ["--lr_scheduler.total_steps", "20", "--checkpoint.interval", "7"]
+    train(tmp_path, "--training.steps", "7", *horizon)
+    assert "resuming from" in train(tmp_path, "--training.steps", "14", *horizon)
+    output = train(tmp_path, *horizon)
+    assert re.search(r"resuming from \S+step-14", output)
+    one, other = metrics(tmp_path), metrics(straight)
+    assert [r["step"] for r in one] == [r["step"] for r in other]
+    for key in ("loss", "grad_norm", "lr", "tokens_seen"):
+        assert [r[key] for r in one] == [r[key] for r in other], key
+
+
+def test_killed_run_resumes_without_losing_or_repeating_steps(straight: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [str(ROOT / "run_train.sh"), "--job.dump_folder", str(tmp_path), "--training.steps", "100000"]
+        + ["--lr_scheduler.total_steps", "20", "--checkpoint.interval", "5"],
+        env=environment(CONFIG_FILE=str(TINY)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = max(int(p.name.split("-")[1]) for p in (tmp_path / "checkpoint").iterdir())
+    steps = str(max(20, newest + 3))
+    train(tmp_path, "--training.steps", steps, "--lr_scheduler.total_steps", "20")
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, int(steps) + 1))
+    assert [r["loss"] for r in records][:20] == losses(straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_ranks", "overrides"),
+    [
+        ("two ranks", 2, ["--training.local_batch_size", "2"]),
+        ("accumulation", 1, ["--training.local_batch_size", "1"]),
+        ("two ranks with accumulation", 2, ["--training.local_batch_size", "1"]),
+        ("recomputed blocks", 1, ["--activation_checkpoint.mode", "block"]),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_layouts_give_the_same_loss_curve(
+    straight: Path, tmp_path: Path, name: str, n_ranks: int, overrides: list[str]
+) -> None:
+    train(tmp_path, *overrides, n_ranks=n_ranks)
+    assert losses(tmp_path) == pytest.approx(losses(straight), rel=1e-5)
+    ours, theirs = metrics(tmp_path, "validation_loss"), metrics(straight, "validation_loss")
+    # The number of validation batches is per rank, so only the direction can be compared across ranks.
+    if n_ranks == 1 and "accumulation" not in name:
+        assert [r["validation_loss"] for r in ours] == pytest.approx([r["validation_loss"] for r in theirs], rel=1e-5)
+
+
+def test_checkpoint_of_one_rank_continues_on_two(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-20")
+    output = train(tmp_path / "run", "--training.local_batch_size", "2", n_ranks=2)
+    assert "resuming from" in output
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+
+
+def test_packed_documents_train_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    docs = ["--training.dataset", "python_docs", "--model.vocab_size", "258", "--data.document_mask"]
+    docs += ["--training.steps", "5", "--validation.no_enable", "--data.cache_folder", str(tmp_path / "cache")]
+    train(tmp_path / "one", *docs)
+    train(tmp_path / "two", *docs, "--training.local_batch_size", "2", n_ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_finished_run_can_be_extended(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    train(tmp_path / "run", "--training.steps", "23", "--lr_scheduler.total_steps", "20")
+    assert [r["step"] for r in metrics(tmp_path / "run")] == list(range(1, 24))
+
+
+def test_training_stops_after_too_many_steps_that_are_not_finite(tmp_path: Path) -> None:
+    """A learning rate of 1e30 poisons every step after the first; none of them may be applied."""
+    overrides = ["--optimizer.lr", "1e30", "--lr_scheduler.warmup_steps", "0", "--training.max_skipped_steps", "3"]
+    result = launch(tmp_path, *overrides, "--validation.no_enable")
+    assert result.returncode != 0
+    assert "3 steps in a row had a loss or gradient that is not finite" in result.stdout
+    assert "Traceback" not in result.stdout.split("steps in a row")[0]
+    records = metrics(tmp_path)
+    assert records[-1]["loss"] is None and records[-1]["skipped_steps"] >= 2
+
+
+@pytest.mark.parametrize("mixer", ["full", "window"])
+def test_every_mixer_trains_alone(tmp_path: Path, mixer: str) -> None:
+    overrides = ["--model.mixer", mixer, "--model.hybrid.mixer", "", "--training.steps", "3"]
+    train(tmp_path, *overrides, "--validation.no_enable")
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+def test_profiler_writes_a_trace_of_the_chosen_step(tmp_path: Path) -> None:
+    profile = ["--profiling.enable_profiling", "--profiling.profile_freq", "3", "--profiling.profiler_warmup", "1"]
+    train(tmp_path, *profile, "--training.steps", "3", "--validation.no_enable")
+    assert (tmp_path / "profile_traces" / "iteration_3" / "rank0_trace.json.gz").stat().st_size > 1000
+
+
+def test_bad_configuration_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    result = launch(tmp_path / "run", "--training.stepz", "5")
+    assert result.returncode == 2
+    assert "--training.steps" in result.stdout and "Traceback" not in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_scripts_read_a_run_folder(straight: Path, tmp_path: Path) -> None:
+    result = run_script("evaluate.py", "--checkpoint", str(straight), "--steps", "2", "--batch-size", "4", "--json")
+    assert result.returncode == 0, result.stderr
+    expected = metrics(straight, "validation_loss")[-1]["validation_loss"]
+    assert json.loads(result.stdout)["loss"] == pytest.approx(expected, rel=1e-6)
+    converted = tmp_path / "model.safetensors"
+    assert run_script("convert_checkpoint.py", str(straight), str(converted)).returncode == 0
+    again = run_script("evaluate.py", "--checkpoint", str(converted), "--steps", "2", "--batch-size", "4", "--json")
+    assert again.stdout == result.stdout, again.stderr
