@@ -7,6 +7,7 @@ packed documents and windows on GPU, an explicit mask on CPU.
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | N
 
     batch, length, n_heads, _ = q.shape
     n_groups = n_heads // k.shape[2]
-    options = {}
+    options: dict[str, Any] = {}
     if n_groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.13; torch 2.11 has no switch
         options["enable_gqa"] = True
     elif n_groups > 1:
@@ -105,4 +106,5 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | N
         window_size=(left, 0),
         **options,
     )
+    assert isinstance(out, Tensor)  # the tuple is for return_aux
     return out.view_as(q)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import RMSNorm, SwiGLU
-from lt2titan.model.mixers.base import State
+from lt2titan.model.mixers.base import Mixer, State
 from lt2titan.model.mixers.registry import build_mixer
 
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, mixer: str, backend: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = build_mixer(mixer, config, backend)
+        self.mixer: Mixer = build_mixer(mixer, config, backend)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = SwiGLU(config.dim, config.ffn_width)
 

@@ -14,7 +14,12 @@ from lt2titan.model.lt2 import LT2
 
 
 def build_on_meta(config: ModelConfig, backend: str) -> LT2:
-    """The model without memory: shapes and names only."""
+    """The model without memory: shapes and names only.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+    config.validate()
     with torch.device("meta"):
         return LT2(config, backend)
 

@@ -26,7 +26,8 @@ class LoopedCore(nn.Module):
         super().__init__()
         self.n_loops = config.n_loops
         self.windows = [0 if w == FULL_WINDOW else w for w in config.loop.windows]
-        self.blocks = nn.ModuleList(Block(config, mixer, backend) for mixer in config.layer_mixers)
+        blocks = nn.ModuleList(Block(config, mixer, backend) for mixer in config.layer_mixers)
+        self.blocks: list[Block] = blocks  # type: ignore[assignment]  # a ModuleList cannot name what it holds
         self.rho = nn.Parameter(torch.empty(config.n_loops, config.dim)) if config.loop.residual_gate else None
         self.recompute_blocks = False
         """Keep only each block's input for the backward pass; set by parallel/activation_checkpoint.py."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from lt2titan.model.mixers.base import State
+
+if TYPE_CHECKING:
+    from lt2titan.model.lt2 import LT2
 
 
 class DecodeState:
@@ -43,7 +47,7 @@ class DecodeState:
 
 
 def allocate(
-    model: torch.nn.Module, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+    model: LT2, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str
 ) -> DecodeState:
     """An empty state of an LT2 ``model`` for ``batch_size`` sequences of up to ``max_length`` tokens.
 

@@ -31,7 +31,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.core.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        block.set_reshard_after_backward(False)
+        block.set_reshard_after_backward(False)  # type: ignore[operator]  # fully_shard made it an FSDPModule
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine, for as long as a test needs it. Needs Debian's slurm-wlm and munge, and root."""
+"""A real SLURM cluster on this machine for as long as a test needs it: Debian's slurm-wlm and munge, started as root."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 # A requeued job waits until the credentials of its steps have expired: by default two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -88,7 +88,9 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
     with ExitStack() as stack:
         names = {"socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
         files = [f"--{option}={folder / name}" for option, name in names.items()]
-        start = [stack.enter_context(_daemon(cluster, "munged", "--foreground", "--force", f"--key-file={key}", *files))]
+        start = [
+            stack.enter_context(_daemon(cluster, "munged", "--foreground", "--force", f"--key-file={key}", *files))
+        ]
         _wait(lambda: (folder / "munge.socket").exists(), start)
         start.append(stack.enter_context(_daemon(cluster, "slurmctld", "-D", "-c")))
         start += [stack.enter_context(_daemon(cluster, "slurmd", "-D", "-N", f"n{i + 1}")) for i in range(N_NODES)]
@@ -137,5 +139,7 @@ def _wait(condition: Callable[[], bool], daemons: list[subprocess.Popen[bytes]],
     while not condition():
         ended = [str(daemon.args) for daemon in daemons if daemon.poll() is not None]
         if ended or time.monotonic() > deadline:
-            raise RuntimeError(f"the SLURM cluster is not ready after {seconds} s; daemons that ended: {ended or 'none'}")
+            raise RuntimeError(
+                f"the SLURM cluster is not ready after {seconds} s; daemons that ended: {ended or 'none'}"
+            )
         time.sleep(0.1)

@@ -81,7 +81,7 @@ def test_two_nodes_train_as_one_process_and_survive_a_requeue(cluster: LocalSlur
     overrides = ["--job.dump_folder", str(run), "--training.local_batch_size", "2", *HORIZON]
     job = submit(cluster, log, nodes, [*overrides, "--training.steps", "20"])
     assert final_state(cluster, job, log) == ("COMPLETED", "0:0"), log.read_text()
-    assert "2 nodes (n[1-2])" in log.read_text() and "starting from scratch" in log.read_text()
+    assert "2 x 1 processes on n[1-2]" in log.read_text() and "starting from scratch" in log.read_text()
     assert "FSDP2 over 2 ranks" in log.read_text() and "[node1.rank0]" not in log.read_text()
     assert "[node1.rank0]" in (tmp_path / "job.out.node1").read_text()
 
@@ -93,7 +93,7 @@ def test_two_nodes_train_as_one_process_and_survive_a_requeue(cluster: LocalSlur
     wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", log)
     newest = newest_step(run)
     wait_for(lambda: newest_step(run) >= max(40, newest + 10), log)
-    assert "start 2: 2 nodes" in log.read_text() and f"step-{newest}" in log.read_text().split("start 2:")[1]
+    assert "start 2: 2 x 1 processes" in log.read_text() and f"step-{newest}" in log.read_text().split("start 2:")[1]
 
     kill_trainer(job, node=1)
     state, exit_code = final_state(cluster, job, log)
@@ -116,7 +116,7 @@ def test_a_bad_override_fails_the_job_with_its_message(cluster: LocalSlurm, tmp_
 
 
 def test_processes_per_node_are_the_gpus_that_slurm_gave(cluster: LocalSlurm, tmp_path: Path) -> None:
-    """The node has two, so that the file's local batch of 4 is twice its global one: refused, naming the ranks."""
+    """The node has two, which makes the file's batch of 4 per process too large: refused, naming the processes."""
     log = tmp_path / "job.out"
     job = submit(cluster, log, ["--partition", "gpu", "--nodes", "1"], [], NGPU="")
     assert final_state(cluster, job, log) == ("FAILED", "2:0")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import ROOT, TINY, environment, launch, losses, metrics, run_script, train
 
@@ -80,17 +79,20 @@ def test_resumed_runs_equal_the_straight_run_bitwise(straight: Path, tmp_path: P
 
 def test_killed_run_resumes_without_losing_or_repeating_steps(straight: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [str(ROOT / "run_train.sh"), "--job.dump_folder", str(tmp_path), "--training.steps", "100000"]
-        + ["--lr_scheduler.total_steps", "20", "--checkpoint.interval", "5"],
+        [
+            *(str(ROOT / "run_train.sh"), "--job.dump_folder", str(tmp_path), "--training.steps", "100000"),
+            *("--lr_scheduler.total_steps", "20", "--checkpoint.interval", "5"),
+        ],
         env=environment(CONFIG_FILE=str(TINY)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     deadline = time.time() + 120
     while time.time() < deadline and not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun puts its workers into sessions of their own: name every one.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
     process.wait()
     newest = max(int(p.name.split("-")[1]) for p in (tmp_path / "checkpoint").iterdir())
     steps = str(max(20, newest + 3))
