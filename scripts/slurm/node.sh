@@ -4,7 +4,7 @@ set -euo pipefail
 export NODE_RANK=$SLURM_NODEID
 [ "$NODE_RANK" = 0 ] || exec >>"$JOB_LOG.node$NODE_RANK" 2>&1
 
-# torchrun would go on trying for a quarter of an hour.
+# torchrun would go on trying for many minutes.
 getent ahosts "$MASTER_ADDR" >/dev/null || {
   echo "$(uname -n) cannot resolve $MASTER_ADDR: set MASTER_ADDR to an address of the job's first node" >&2
   exit 1

@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine for as long as a test needs it: Debian's slurm-wlm and munge, started as root."""
+"""A real SLURM cluster on this machine, for as long as a test needs it: Debian's slurm-wlm and munge, run as root."""
 
 from __future__ import annotations
 

@@ -32,26 +32,29 @@ def run(*command: str, cwd: Path, **changes: str) -> str:
     return result.stdout
 
 
+def source_files(*folders: str) -> list[str]:
+    """What git tracks or would track in ``folders`` (all of them by default), relative to the checkout."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", *folders, cwd=ROOT).splitlines()
+    return [name for name in listed if os.path.lexists(ROOT / name)]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the source files, so that neither old builds nor ignored files get in."""
     source = tmp_path_factory.mktemp("source")
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in listed:
-        if os.path.lexists(ROOT / name):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    for name in source_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=source)
     (wheel,) = (source / "dist").glob("*.whl")
     return wheel
 
 
-def test_wheel_holds_every_module_as_a_file(wheel: Path) -> None:
+def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "kernels", "lt2titan", cwd=ROOT)
-    sources = {name for name in modules.splitlines() if name.endswith(".py") and (ROOT / name).exists()}
-    expected = {"lt2titan/" + name if name.startswith("kernels/") else name for name in sources}
+    files = {name for name in source_files("kernels", "lt2titan") if not (ROOT / name).is_symlink()}
+    expected = {"lt2titan/" + name if name.startswith("kernels/") else name for name in files}
     assert "lt2titan/kernels/gated_delta_rule/reference.py" in expected
     assert {name for name in names if ".dist-info/" not in name} == expected
 
@@ -67,14 +70,13 @@ def test_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
         shutil.copy(ROOT / name, elsewhere / name)
     config = ["--job.config_file", "tests/assets/tiny.toml", "--job.dump_folder", "run", "--training.steps", "2"]
 
-    origin = run(
-        sys.executable, "-c", "import lt2titan; print(lt2titan.__file__)", cwd=elsewhere, PYTHONPATH=str(target)
-    )
+    def python(*arguments: str) -> str:
+        return run(sys.executable, *arguments, cwd=elsewhere, PYTHONPATH=str(target))
+
+    origin = python("-c", "import lt2titan; print(lt2titan.__file__)")
     assert origin.strip() == str(target / "lt2titan" / "__init__.py")
-    printed = run(
-        sys.executable, "-m", "lt2titan.config", *config, "--job.print_config", cwd=elsewhere, PYTHONPATH=str(target)
-    )
+    printed = python("-m", "lt2titan.config", *config, "--job.print_config")
     assert 'dump_folder = "run"' in printed and "steps = 2\n" in printed
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    run(*launcher, "-m", "lt2titan.train", *config, cwd=elsewhere, PYTHONPATH=str(target))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    python(*launcher, "-m", "lt2titan.train", *config)
     assert len(losses(elsewhere / "run")) == 2

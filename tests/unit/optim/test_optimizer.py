@@ -8,6 +8,7 @@ from torch import nn
 
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.mixers.config import GDNConfig, MixersConfig
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.guard import NonFiniteError, NonFiniteGuard
 from lt2titan.optim.optimizer import build_optimizer
@@ -19,7 +20,12 @@ UNDECAYED = ("norm", "rho", "A_log", "dt_bias", "embedding")
 def test_only_matrices_decay() -> None:
     """Without a gradient AdamW only decays: what shrinks is what decays."""
     config = ModelConfig(
-        dim=32, n_layers=5, hybrid=HybridConfig(mixer="full"), tie_embeddings=False, ffn_multiple_of=32
+        dim=32,
+        n_layers=5,
+        ffn_multiple_of=32,
+        tie_embeddings=False,
+        hybrid=HybridConfig(mixer="full"),
+        mixers=MixersConfig(gdn=GDNConfig(n_heads=4)),
     )
     model = build_on_meta(config, "reference")
     materialise(model, CPU, seed=0)
