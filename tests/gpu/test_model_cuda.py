@@ -1,4 +1,8 @@
-"""A whole model on GPU kernels in bf16 against the same model in fp64 with the plain references."""
+"""A whole model on GPU kernels in bf16 against the same model in fp64 with the plain references.
+
+How much bf16 itself costs is measured, not guessed: the plain references in bf16 are the yardstick, and the GPU may be
+at most SLACK times as far from the truth.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from lt2titan.model.state import allocate
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-TOLERANCE = 3e-2  # eight blocks deep in bf16, whose unit is 4e-3
+SLACK = 2.0
 LENGTH = 200
 
 
@@ -39,14 +43,15 @@ def config(rare: str) -> ModelConfig:
 
 
 @pytest.fixture(scope="module", params=["full", "window"])
-def models(request: pytest.FixtureRequest) -> tuple[LT2, LT2]:
-    """(on the GPU in bf16, on the CPU in fp64), of the same bf16 values."""
+def models(request: pytest.FixtureRequest) -> tuple[LT2, LT2, LT2]:
+    """(GPU kernels in bf16, plain references in bf16, plain references in fp64), all of the same bf16 values."""
     fast = build_on_meta(config(request.param), resolve_backend("auto", CUDA))
     materialise(fast, CUDA, seed=0)
     fast.to(torch.bfloat16)
-    exact = build_on_meta(config(request.param), "reference")
-    exact.load_state_dict({k: v.double().cpu() for k, v in fast.state_dict().items()}, assign=True)
-    return fast, exact
+    plain, exact = (build_on_meta(config(request.param), "reference") for _ in range(2))
+    plain.load_state_dict({k: v.cpu() for k, v in fast.state_dict().items()}, assign=True)
+    exact.load_state_dict({k: v.cpu().double() for k, v in fast.state_dict().items()}, assign=True)
+    return fast, plain, exact
 
 
 def tokens(batch: int) -> torch.Tensor:
@@ -54,46 +59,59 @@ def tokens(batch: int) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double().cpu() - expected).norm() / expected.norm())
-
-
-def test_logits_and_gradients(models: tuple[LT2, LT2]) -> None:
-    fast, exact = models
-    x = tokens(2)
-    assert error(fast(x.to(CUDA)), exact(x)) < TOLERANCE
-    fast(x.to(CUDA), targets=x.to(CUDA)).backward()
-    exact(x, targets=x).backward()
-    expected = dict(exact.named_parameters())
-    errors = {name: error(p.grad, expected[name].grad) for name, p in fast.named_parameters() if p.grad is not None}
-    fast.zero_grad()
-    exact.zero_grad()
-    # The decay's parameters get the most cancelling of all gradients.
-    bad = {n: e for n, e in errors.items() if e > (0.3 if "A_log" in n or "dt_bias" in n or "a_proj" in n else 0.1)}
-    assert not bad, bad
-
-
-def test_packed_documents(models: tuple[LT2, LT2]) -> None:
-    fast, exact = models
-    x = tokens(2)
-    ends = torch.tensor([0, 1, 70, 199, 200, 264, 400, 400], dtype=torch.int32)
-    positions = torch.cat([torch.arange(n) for n in ends.diff().tolist()]).view(2, -1)
-    logits = fast(
-        x.to(CUDA),
-        positions=positions.to(CUDA),
-        cu_seqlens=ends.to(CUDA),
-        chunk_indices=make_chunk_indices(ends).to(CUDA),
-        max_seqlen=LENGTH,
-    ).reshape(400, -1)
-    flat = x.reshape(1, -1)
-    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        if end > start:
-            assert error(logits[start:end], exact(flat[:, start:end])[0]) < TOLERANCE
+    return float((got.detach().double().cpu() - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
-def test_prefill_and_decode(models: tuple[LT2, LT2]) -> None:
-    fast, exact = models
+def check(fast: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    ours, yardstick = error(fast, exact), error(plain, exact)
+    assert ours < SLACK * yardstick and yardstick < 0.1, (ours, yardstick)
+
+
+def test_logits_and_gradients(models: tuple[LT2, LT2, LT2]) -> None:
+    x = tokens(2)
+    check(*(m(x.to(m.embedding.weight.device)) for m in models))
+    for model in models:
+        on_device = x.to(model.embedding.weight.device)
+        model.zero_grad()
+        model(on_device, targets=on_device).backward()
+    fast, plain, exact = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in models)
+    assert fast.keys() == exact.keys()
+    errors = {n: (error(fast[n], exact[n]), error(plain[n], exact[n])) for n in exact}
+    # Gradients of a few numbers (A_log, dt_bias) are luckier or unluckier than those of matrices.
+    bad = {n: e for n, e in errors.items() if e[0] > 2 * SLACK * e[1] + 0.01}
+    assert not bad, bad
+
+
+def test_packed_documents(models: tuple[LT2, LT2, LT2]) -> None:
+    x = tokens(2)
+    ends = torch.tensor([0, 1, 70, 199, 200, 264, 400, 400], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in ends.diff().tolist()]).view(2, -1)
+
+    def packed(model: LT2) -> torch.Tensor:
+        place = model.embedding.weight.device
+        return model(
+            x.to(place),
+            positions=positions.to(place),
+            cu_seqlens=ends.to(place),
+            chunk_indices=make_chunk_indices(ends).to(place),
+            max_seqlen=LENGTH,
+        ).reshape(400, -1)
+
+    fast, plain, exact = models
+    alone = [exact(piece) for piece in x.reshape(1, -1).split([n for n in ends.diff().tolist() if n], dim=1)]
+    check(packed(fast), packed(plain), torch.cat(alone, dim=1)[0])
+
+
+@torch.no_grad()
+def test_prefill_and_decode(models: tuple[LT2, LT2, LT2]) -> None:
     x = tokens(2)[:, :80]
-    state = allocate(fast, 2, 80, torch.bfloat16, CUDA)
-    pieces = [fast(piece, state=state) for piece in x.to(CUDA).split([70] + [1] * 10, dim=1)]
-    assert error(torch.cat(pieces, dim=1), exact(x)) < TOLERANCE
+
+    def decoded(model: LT2) -> torch.Tensor:
+        weight = model.embedding.weight
+        state = allocate(model, 2, 80, weight.dtype, weight.device)
+        pieces = [model(piece, state=state) for piece in x.to(weight.device).split([70] + [1] * 10, dim=1)]
+        return torch.cat(pieces, dim=1)
+
+    fast, plain, exact = models
+    check(decoded(fast), decoded(plain), exact(x))
