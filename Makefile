@@ -1,17 +1,20 @@
 # Two commands: `make train` learns real text on this machine, `make test` runs the whole test suite.
 .PHONY: setup train test lint wheel
 python := .venv/bin/python
+# GPU kernels are installed where there is a GPU to run them.
+comma := ,
+extras := dev$(if $(shell nvidia-smi --list-gpus 2>/dev/null),$(comma)gpu)
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
 	test -x $(python) || python3 -m venv .venv
-	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[$(extras)]'
 	touch $@
 
 train: setup
 	@run=outputs/train-$$(date +%Y%m%d-%H%M%S) && \
-	./run_train.sh --job.dump_folder $$run && \
+	env -u CONFIG_FILE ./run_train.sh --job.dump_folder $$run && \
 	$(python) scripts/generate.py --checkpoint $$run --prompt "The " --max-new-tokens 160 --temperature 0.7
 
 test: setup

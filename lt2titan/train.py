@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from lt2titan.checkpoint.storage import CheckpointError
 from lt2titan.config.loader import parse_arguments
 from lt2titan.config.section import ConfigError
@@ -19,15 +21,19 @@ from lt2titan.parallel.distributed import process_group
 from lt2titan.trainer import Trainer
 
 
+@record
 def main() -> None:
     config = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
-    logger = init_logging(int(os.environ.get("RANK", "0")))
-    for warning in config.warnings():
-        logger.warning(warning)
+    rank = int(os.environ.get("RANK", "0"))
+    logger = init_logging(rank)
+    if config.debug.deterministic:  # cuBLAS reads it once, when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         with process_group() as device, Trainer(config, device) as trainer:
             trainer.train()
     except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError) as error:
+        if rank != 0:  # torchrun's summary is the only place where the user sees what other ranks say
+            raise
         # What the user can mend needs no traceback; everything else keeps its own.
         logger.error("%s", error)
         sys.exit(1)

@@ -7,7 +7,6 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.config.job import JobConfig
 from lt2titan.config.provenance import resolved_toml
 from lt2titan.data.device import model_inputs
-from lt2titan.data.loader import Batch, build_train_loader, build_validation_loader
+from lt2titan.data.loader import Batch, ValidationText, build_loaders
 from lt2titan.evaluation.validate import Evaluation, evaluate
 from lt2titan.kernels.backend import resolve_backend
 from lt2titan.metrics.hardware import peak_flops, peak_memory_gib
@@ -53,45 +52,40 @@ class Trainer:
         torch.use_deterministic_algorithms(config.debug.deterministic)
 
         self.dims = ParallelDims.build(config.parallelism, device.type)
-        self.n_accumulation = config.training.n_accumulation(self.dims.dp_size)
+        self.local_batch_size, self.n_microbatches = config.training.microbatches(self.dims.dp_size)
         self.model = build_model(config, self.dims, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps, device)
+        for warning in config.warnings() if self.is_main else []:
+            logger.warning(warning)
         self._build_data()
         self.step = self.tokens_seen = 0
         self.last_evaluation: Evaluation | None = None
+        self.last_checkpoint: Path | None = None
         self.checkpoints = CheckpointManager(self.folder / config.checkpoint.folder, config.checkpoint)
         self._restore()
         self._open_metrics()
 
     def _build_data(self) -> None:
         training, validation = self.config.training, self.config.validation
-        place: dict[str, Any] = {
-            "dp_rank": self.dims.dp_rank,
-            "dp_size": self.dims.dp_size,
-            "vocab_size": self.config.model.vocab_size,
-            # Validation without text of its own takes whole documents out of training's.
-            "holdout": not validation.dataset_path and not validation.dataset,
-        }
-        self.train_loader = build_train_loader(
+        text = ValidationText(
+            dataset=validation.dataset,
+            dataset_path=validation.dataset_path,
+            seq_len=validation.seq_len or training.seq_len,
+            local_batch_size=validation.local_batch_size or self.local_batch_size,
+            steps=validation.steps,
+        )
+        self.train_loader, self.validation_loader = build_loaders(
             self.config.data,
             dataset=training.dataset,
             dataset_path=training.dataset_path,
             seq_len=training.seq_len,
-            local_batch_size=training.local_batch_size,
+            local_batch_size=self.local_batch_size,
+            dp_rank=self.dims.dp_rank,
+            dp_size=self.dims.dp_size,
+            vocab_size=self.config.model.vocab_size,
+            validation=text if validation.enable else None,
             pin_memory=self.device.type == "cuda",
-            **place,
-        )
-        if not validation.enable:
-            return
-        self.validation_loader = build_validation_loader(
-            self.config.data,
-            dataset=validation.dataset or training.dataset,
-            dataset_path=validation.dataset_path or training.dataset_path,
-            seq_len=validation.seq_len or training.seq_len,
-            local_batch_size=validation.local_batch_size or training.local_batch_size,
-            steps=validation.steps,
-            **place,
         )
 
     @property
@@ -106,16 +100,21 @@ class Trainer:
             return
         self.step = loaded.step
         self.tokens_seen = int(loaded.train_state["tokens_seen"])
-        self.guard.restore(int(loaded.train_state["skipped_steps"]))
+        self.guard.restore(int(loaded.train_state["skipped_steps"]), int(loaded.train_state["skipped_in_a_row"]))
         self.train_loader.load_state_dict(loaded.data_state)
 
     def save(self) -> None:
         """Write a full checkpoint of the current step."""
-        self.checkpoints.save(
+        n_skipped, in_a_row = self.guard.counts()
+        self.last_checkpoint = self.checkpoints.save(
             self.step,
             model=self.model,
             optimizer=self.optimizer,
-            train_state={"tokens_seen": self.tokens_seen, "skipped_steps": self.guard.check()},
+            train_state={
+                "tokens_seen": self.tokens_seen,
+                "skipped_steps": n_skipped,
+                "skipped_in_a_row": in_a_row,
+            },
             data_state=self.train_loader.state_dict(),
             data_shard=self._data_shard,
             config_text=self.config_text,
@@ -152,18 +151,24 @@ class Trainer:
         """Step until training.steps; log, validate and save on the way and at the end."""
         config = self.config
         if self.step >= config.training.steps:
-            logger.info("step %d reached training.steps already: nothing to do", self.step)
+            logger.warning(
+                "nothing to do: %s has reached step %d already; raise training.steps to go on, or choose another "
+                "job.dump_folder to start anew",
+                self.folder,
+                self.step,
+            )
         gc.disable()  # collections at different times on different ranks would make all of them wait
         batches = iter(self.train_loader)
         profiling = maybe_profile(config.profiling, self.folder, rank=dist.get_rank(), start_step=self.step)
         with profiling as profiler:
             while self.step < config.training.steps:
                 with self.throughput.data_wait():
-                    microbatches = [next(batches) for _ in range(self.n_accumulation)]
+                    microbatches = [next(batches) for _ in range(self.n_microbatches)]
                 loss, grad_norm = self.train_step(microbatches)
                 if self.metrics.should_log(self.step):
                     self._log(loss, grad_norm)
                 is_last = self.step == config.training.steps
+                self.guard.check(last=is_last)
                 if config.validation.enable and (is_last or self.step % config.validation.freq == 0):
                     with self.throughput.paused():
                         self.validate()
@@ -188,8 +193,8 @@ class Trainer:
                 self.last_evaluation.bits_per_byte,
             )
         logger.info("metrics:    %s", self.folder / METRICS_FILE)
-        if self.config.checkpoint.enable:
-            logger.info("checkpoint: %s", self.checkpoints.folder / f"step-{self.step}")
+        if self.last_checkpoint:
+            logger.info("checkpoint: %s", self.last_checkpoint)
 
     def train_step(self, microbatches: list[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step over ``microbatches``; returns loss (mean over valid tokens of all ranks) and gradient
@@ -230,7 +235,7 @@ class Trainer:
         )
 
     def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
-        n_skipped = self.guard.check()  # waits for the device, as the values below would
+        n_skipped, _ = self.guard.counts()
         sample = self.throughput.measure()
         self.metrics.log(
             TrainingRecord(
@@ -250,6 +255,7 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """Loss and bits per byte of the held-out text, into the metrics."""
+        assert self.validation_loader is not None  # only called when validation.enable
         evaluation = evaluate(self.model, self.validation_loader, self.device)
         reshard(self.model)
         self.last_evaluation = evaluation
@@ -281,6 +287,7 @@ def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> 
         model,
         dims,
         param_dtype=getattr(torch, precision),
+        reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
         activation_checkpoint=config.activation_checkpoint.mode,
     )
     materialise(model, device, config.debug.seed)

@@ -9,10 +9,12 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from lt2titan.checkpoint.storage import CheckpointError
+from lt2titan.config.loader import ConfigFileError
 from lt2titan.config.section import ConfigError
 from lt2titan.data.errors import DataError
 from lt2titan.data.loader import build_validation_loader
@@ -42,6 +44,8 @@ class Arguments:
     """Batches; -1 for all of the text."""
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
+    backend: Literal["auto", "reference", "fla"] = "auto"
+    """Operators: fla's kernels on a GPU, plain PyTorch (reference), or auto."""
     json: bool = False
     """Print one JSON object."""
 
@@ -49,9 +53,11 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     init_logging()
-    device = pick_device(arguments.device)
+    if arguments.steps == 0 or arguments.steps < -1 or arguments.batch_size < 1:
+        sys.exit("evaluate: --steps and --batch-size must be positive (--steps -1 for all of the text)")
     try:
-        model, config = load_model(arguments.checkpoint, device)
+        device = pick_device(arguments.device)
+        model, config = load_model(arguments.checkpoint, device, arguments.backend)
         config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
         config.data.text_column = arguments.text_column or config.data.text_column
         validation, training = config.validation, config.training
@@ -69,7 +75,7 @@ def main() -> None:
             holdout=not (arguments.files or own_files),
         )
         result = evaluate(model, batches, device)
-    except (CheckpointError, ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, ConfigFileError, DataError) as error:
         sys.exit(f"evaluate: {error}")
     if arguments.json:
         print(json.dumps(result._asdict()))

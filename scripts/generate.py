@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import tyro
 
 from lt2titan.checkpoint.storage import CheckpointError
+from lt2titan.config.loader import ConfigFileError
 from lt2titan.config.section import ConfigError
 from lt2titan.data.tokenizer import build_tokenizer
 from lt2titan.inference.generate import generate
@@ -35,7 +36,9 @@ class Arguments:
     """Seed of the sampling."""
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
-    tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH")] = ""
+    backend: Literal["auto", "reference", "fla"] = "auto"
+    """Operators: fla's kernels on a GPU, plain PyTorch (reference), or auto."""
+    tokenizer: str = ""
     """Tokenizer, if it no longer lies where the run had it."""
 
     def problem(self) -> str:
@@ -55,11 +58,16 @@ def main() -> None:
         sys.exit(f"generate: {problem}")
     init_logging()
     try:
-        model, config = load_model(arguments.checkpoint, pick_device(arguments.device))
+        model, config = load_model(arguments.checkpoint, pick_device(arguments.device), arguments.backend)
         config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
         tokenizer = build_tokenizer(config.data)
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, ConfigFileError) as error:
         sys.exit(f"generate: {error}")
+    if tokenizer.n_tokens > config.model.vocab_size:
+        sys.exit(
+            f"generate: the tokenizer {config.data.tokenizer!r} has {tokenizer.n_tokens} tokens and the model only "
+            f"{config.model.vocab_size}: give the run's own with --tokenizer (a run on synthetic tokens has none)"
+        )
     tokens = tokenizer.encode(arguments.prompt, bos=config.data.add_bos)
     new_tokens = generate(
         model,

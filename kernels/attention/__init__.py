@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_GPU_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+# The third takes fp32 without a matrix of all scores; the last takes what is left (fp64).
+_GPU_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention(
@@ -83,6 +89,11 @@ def causal_mask(length: int, window: int, cu_seqlens: Tensor | None, device: tor
 def _varlen(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"windowed or packed attention runs in bf16 or fp16 on a GPU, not in {q.dtype}: set "
+            "training.mixed_precision_param = 'bfloat16' or kernels.backend = 'reference'"
+        )
     batch, length, n_heads, _ = q.shape
     n_groups = n_heads // k.shape[2]
     options: dict[str, Any] = {}

@@ -24,7 +24,9 @@ class CheckpointConfig:
     """How many checkpoints to keep; 0 keeps all. Old ones are removed only after a newer one is complete."""
 
     load_step: int = -1
-    """Resume from this step; -1 for the newest valid one."""
+    """Go back to this step; -1 for the newest valid one. The first save then renames newer steps to
+    abandoned-step-N (not used, counted or removed any more) and notes the step in branch.json: started again
+    with the same load_step, the run continues from its newest checkpoint. Remove branch.json to go back again."""
 
     initial_load_path: str = ""
     """Warm start: a step folder, or a run folder (its newest valid step), to load when this run has no

@@ -36,13 +36,23 @@ DTYPES = {
 Tensors = dict[str, torch.Tensor]
 
 
-def read_model_state(path: str | Path) -> tuple[Tensors, str]:
+def read_model_state(path: str | Path, *, require_config: bool = False) -> tuple[Tensors, str]:
     """The weights (on CPU) and the configuration text of a step, checkpoint or run folder, or of a file.
 
     Nothing is unpickled but tensors, checksums of DCP folders are compared. The text is "" if a file carries
-    none. Raises CheckpointError when it cannot be read.
+    none. Raises CheckpointError when it cannot be read, or carries none although ``require_config``.
     """
     path = Path(path)
+    tensors, config_text = _read(path)
+    if require_config and not config_text:
+        raise CheckpointError(
+            f"{path} holds weights without the configuration of the model: name the run folder, or a file that "
+            "scripts/convert_checkpoint.py made from it"
+        )
+    return tensors, config_text
+
+
+def _read(path: Path) -> tuple[Tensors, str]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.is_dir():

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-from lt2titan.checkpoint import folders, state, storage
+from lt2titan.checkpoint import branch, folders, state, storage
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.checkpoint.ranks import Ranks
 from lt2titan.checkpoint.storage import HEADER_KEY, MODEL_PREFIX, CheckpointError, CheckpointWriteError
@@ -54,6 +54,7 @@ class CheckpointManager:
         self.folder = folder
         self.config = config
         self.ranks = Ranks()
+        self._went_back_to: int | None = None  # until the first save has set the old branch aside
 
     # --- where to start ---------------------------------------------------------------------------
 
@@ -100,6 +101,14 @@ class CheckpointManager:
         step = self.config.load_step
         if step == -1:
             return self.newest_valid()
+        if self.ranks.on_first(lambda: branch.read_branch(self.folder)) == step:
+            marker = self.folder / branch.BRANCH_FILE
+            self._log(
+                logging.INFO,
+                f"checkpoint.load_step = {step}: the run went back to step {step} before (as {marker} says) and "
+                "continues from there; remove that file to go back once more",
+            )
+            return self.newest_valid()
         path = self.folder / f"step-{step}"
         problem = self.ranks.on_first(lambda: str(folders.find_problem(path) or "")) or self._damage(path)
         steps = self.ranks.on_first(lambda: folders.list_steps(self.folder))
@@ -112,9 +121,10 @@ class CheckpointManager:
         if newer := ", ".join(str(n) for n, _ in reversed(steps) if n > step):
             self._log(
                 logging.WARNING,
-                f"going back to step {step}: the newer steps {newer} stay until this run replaces them; a "
-                "later start without checkpoint.load_step would resume from the newest",
+                f"going back to step {step}: the first save will set the newer steps {newer} aside, as "
+                "abandoned-step-N; until then a start without checkpoint.load_step resumes from the newest",
             )
+        self._went_back_to = step
         return path
 
     def _damage(self, path: Path, prefix: str = "") -> str:
@@ -232,8 +242,12 @@ class CheckpointManager:
         data_state: Mapping[str, Any],
         data_shard: tuple[int, int] | None = None,
         config_text: str,
-    ) -> Path:
+    ) -> Path | None:
         """Write ``step-N``, then remove what ``keep_latest_k`` does not keep. Returns the step folder.
+
+        None when everything was written but rank 0 does not see a valid checkpoint (nodes without a shared
+        folder): that is logged as an error and nothing is removed. The first save after going back to
+        ``load_step`` sets the newer steps aside before it writes.
 
         ``data_state`` is JSON-able; it is the same on all ranks, or this rank's own when ``data_shard`` =
         (data-parallel rank, degree) is given. Raises CheckpointWriteError when the folder cannot be
@@ -265,6 +279,7 @@ class CheckpointManager:
             return tensors
 
         tensors = self.ranks.on_all(collect)
+        self._set_old_branch_aside()
         try:
             self.ranks.on_first(lambda: folders.prepare_step(path, config_text))
             storage.write_tensors(tensors, path, self.ranks.group)
@@ -274,12 +289,27 @@ class CheckpointManager:
                 f"checkpoint not saved: {error}. {outcome}; earlier checkpoints are kept. Make room there, "
                 "or lower checkpoint.keep_latest_k, and start again"
             ) from error
-        self.ranks.on_first(lambda: self._finish(path))
-        return path
+        return path if self.ranks.on_first(lambda: self._finish(path)) else None
 
-    def _finish(self, path: Path) -> None:
+    def _set_old_branch_aside(self) -> None:
+        step = self._went_back_to
+        if step is None:
+            return
+        try:
+            moved = self.ranks.on_first(lambda: branch.start_branch(self.folder, step))
+        except CheckpointError as error:
+            raise CheckpointWriteError(
+                f"checkpoint not saved: the steps after {step} in {self.folder} could not be set aside: {error}. "
+                "Nothing was removed. Mend that and start again"
+            ) from error
+        self._went_back_to = None
+        if moved:
+            names = ", ".join(path.name for path in moved)
+            self._log(logging.INFO, f"set aside in {self.folder}: {names} (not used or counted; remove at will)")
+
+    def _finish(self, path: Path) -> bool:
         """Check what was written; if sound, remove interrupted saves and what ``keep_latest_k`` does not
-        keep.
+        keep. Returns whether it is.
         """
         if problem := folders.find_problem(path):
             logger.error(
@@ -287,7 +317,7 @@ class CheckpointManager:
                 path,
                 problem,
             )
-            return
+            return False
         logger.info("saved %s", path)
         others = [other for _, other in folders.list_steps(self.folder) if other != path]
         complete = [other for other in others if (other / storage.METADATA_FILE).exists()]
@@ -299,6 +329,7 @@ class CheckpointManager:
                 folders.remove_step(other)
             except OSError as error:
                 logger.warning("%s could not be removed: %s", other, error)
+        return True
 
     def _log(self, level: int, message: str, *remarks: str) -> None:
         """Log on rank 0; remarks are warnings."""

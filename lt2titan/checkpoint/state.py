@@ -62,19 +62,14 @@ def check_model_fits(tensors: Tensors, metadata: Metadata, where: str) -> list[s
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"{where} does not fit the model: {'; '.join(problems[:5])}{more}. Use the [model] section of "
-            "the run that wrote it (its config.toml)"
+            "the run that wrote it (its config.toml), or choose another job.dump_folder to train this model"
         )
     return sorted(conversions)
 
 
 def parameter_names(model: torch.nn.Module) -> dict[torch.Tensor, str]:
-    """Name of each parameter, without the prefixes that compiling or checkpointing wrappers add."""
-    names: dict[torch.Tensor, str] = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
-            name = name.replace(wrapper, "")
-        names[parameter] = name
-    return names
+    """Name of each parameter; a parameter with two names (tied weights) has the first."""
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 # --- optimizer ------------------------------------------------------------------------------------

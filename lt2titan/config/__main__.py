@@ -13,8 +13,6 @@ from lt2titan.config.loader import parse_arguments, to_toml, world_size_from_env
 
 def main() -> None:
     config = parse_arguments(sys.argv[1:], world_size_from_environment())
-    for warning in config.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
     if config.job.print_config:
         print(to_toml(config))
 

@@ -55,7 +55,7 @@ class JobConfig:
         with _named("parallelism"):
             self.parallelism.validate_world_size(world_size)
         with _named("training"):
-            self.training.n_accumulation(world_size)
+            self.training.microbatches(world_size)
         if self.training.dataset == "synthetic":
             return
         with _named("data"):

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -47,6 +48,8 @@ def load_config(config_file: str | Path, overrides: Sequence[str] = (), world_si
         for key, value in _flatten(values):
             _assign(config, key, value, path)
             origins[key] = str(path)
+    overrides = _with_underscores(overrides)
+    _refuse_boolean_values(config, overrides)
     config = tyro.cli(
         JobConfig,
         prog="./run_train.sh",
@@ -111,7 +114,7 @@ def _parse(text: str, origin: str | Path) -> dict[str, Any]:
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -127,6 +130,8 @@ def _assign(config: JobConfig, key: str, value: Any, origin: str | Path) -> None
         raise ConfigFileError(f"{origin}: unknown key {key}; the nearest valid key is {nearest[0]}")
     hint = get_type_hints(type(section))[leaf]
     if is_dataclass(hint):
+        if value == {}:
+            return
         raise ConfigFileError(f"{origin}: {key} = {value!r}: is a table, write [{key}]")
     try:
         setattr(section, leaf, _typed(value, hint))
@@ -158,7 +163,7 @@ def parse_arguments(arguments: Sequence[str], world_size: int | None = None) -> 
 
     Prints one message and exits with status 2 when the configuration cannot be used.
     """
-    config_file = JobConfig().job.config_file
+    config_file, arguments = JobConfig().job.config_file, _with_underscores(arguments)
     for i, argument in enumerate(arguments):
         if argument == "--job.config_file" and i + 1 < len(arguments):
             config_file = arguments[i + 1]
@@ -177,7 +182,37 @@ def load_config_or_exit(config_file: str | Path, overrides: Sequence[str], world
 
 
 def world_size_from_environment() -> int:
-    """Processes of the coming run: torchrun's WORLD_SIZE, else NGPU per node times NNODES, as run_train.sh sets."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("NGPU", "1")) * int(os.environ.get("NNODES", "1"))
+    """Processes of the coming run: NGPU per node times NNODES, as run_train.sh sets them.
+
+    Prints one message and exits with status 2 when they are no numbers.
+    """
+    world_size = 1
+    for name in ("NGPU", "NNODES"):
+        text = os.environ.get(name, "1")
+        if not text.isdecimal() or int(text) < 1:
+            print(f"configuration error: {name} = {text!r}: must be a whole number of at least 1", file=sys.stderr)
+            sys.exit(2)
+        world_size *= int(text)
+    return world_size
+
+
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Option names as the fields are written; ``--job.config-file`` is ``--job.config_file`` too."""
+    normal = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_option = argument.startswith("--") and "." in name
+        normal.append(name[:2] + name[2:].replace("-", "_") + equals + value if is_option else argument)
+    return normal
+
+
+def _refuse_boolean_values(config: JobConfig, arguments: Sequence[str]) -> None:
+    """``--x.y False`` would be refused as a stray word; say how switches are written."""
+    values = dict(_flatten(asdict(config)))
+    for argument, following in pairwise(arguments):
+        key = argument.removeprefix("--")
+        if isinstance(values.get(key), bool) and following.lower() in ("true", "false"):
+            section, _, name = key.rpartition(".")
+            raise ConfigFileError(
+                f"{argument} {following}: a switch takes no value; write {argument} or --{section}.no_{name}"
+            )

@@ -36,9 +36,10 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps after which to stop (the schedule has its own horizon: lr_scheduler.total_steps)."""
     local_batch_size: int = 8
-    """Sequences per process and microbatch."""
+    """Sequences per process and microbatch; 0 divides global_batch_size over the processes, without accumulation."""
     global_batch_size: int = -1
-    """Sequences per optimizer step over all processes; the rest is accumulated. -1: local_batch_size x processes."""
+    """Sequences per optimizer step over all processes; what one microbatch of each does not hold is accumulated. -1
+    means local_batch_size x processes."""
     seq_len: int = 256
     """Tokens per sequence."""
     max_norm: float = 1.0
@@ -53,24 +54,28 @@ class TrainingConfig:
     """Steps between Python garbage collections, on all ranks together."""
 
     def validate(self) -> None:
-        for name in ("steps", "local_batch_size", "seq_len", "max_norm", "max_skipped_steps", "gc_freq"):
+        for name in ("steps", "seq_len", "max_norm", "max_skipped_steps", "gc_freq"):
             require(getattr(self, name) > 0, self, name, "must be positive")
         batch = self.global_batch_size
         require(batch == -1 or batch > 0, self, "global_batch_size", "must be positive, or -1")
+        require(self.local_batch_size >= 0, self, "local_batch_size", "must be positive, or 0")
+        both_open = batch == -1 and self.local_batch_size == 0
+        require(not both_open, self, "local_batch_size", "can only be 0 when global_batch_size is given")
 
-    def n_accumulation(self, dp_size: int) -> int:
-        """Microbatches per optimizer step with ``dp_size`` data-parallel ranks."""
-        per_microbatch = self.local_batch_size * dp_size
-        if self.global_batch_size == -1:
-            return 1
-        if self.global_batch_size % per_microbatch:
-            raise ConfigError(
-                "global_batch_size",
-                self.global_batch_size,
-                f"is no multiple of local_batch_size x processes = {self.local_batch_size} x {dp_size} "
-                f"= {per_microbatch}",
-            )
-        return self.global_batch_size // per_microbatch
+    def microbatches(self, dp_size: int) -> tuple[int, int]:
+        """(sequences per rank and microbatch, microbatches per optimizer step) on ``dp_size`` data-parallel ranks.
+
+        Raises:
+            ConfigError: the global batch cannot be divided so.
+        """
+        local, total = self.local_batch_size, self.global_batch_size
+        if total == -1:
+            return local, 1
+        n_microbatches, rest = divmod(total, max(local, 1) * dp_size)
+        if rest or not n_microbatches:
+            reason = f"is no multiple of local_batch_size x processes = {max(local, 1)} x {dp_size}"
+            raise ConfigError("global_batch_size", total, f"{reason} = {max(local, 1) * dp_size}; use one that is")
+        return (local, n_microbatches) if local else (n_microbatches, 1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -197,6 +197,69 @@ class ValidationLoader:
             yield self._layout.assemble([self._row.read(begin, begin + length + 1) for begin in begins])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationText:
+    """What to validate on; "" is training's. ``steps``: batches of a pass, -1 until the text ends."""
+
+    dataset: str = ""
+    dataset_path: str = ""
+    seq_len: int
+    local_batch_size: int
+    steps: int = -1
+
+
+def build_loaders(
+    data: DataConfig,
+    *,
+    dataset: str,
+    dataset_path: str,
+    seq_len: int,
+    local_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    vocab_size: int,
+    validation: ValidationText | None,
+    pin_memory: bool = False,
+) -> tuple[TrainLoader, ValidationLoader | None]:
+    """Loaders of one rank for training and validation (None: no validation).
+
+    Validation on training's own text holds whole documents out of training; on other text it takes all of it, and
+    nothing is held out.
+
+    Raises:
+        DataError, ConfigError: unusable data, tokenizer or settings, naming the file or key.
+    """
+    own = validation and (validation.dataset or dataset, validation.dataset_path or dataset_path)
+    holdout = own in (None, (dataset, dataset_path))
+    train_loader = build_train_loader(
+        data,
+        dataset=dataset,
+        dataset_path=dataset_path,
+        seq_len=seq_len,
+        local_batch_size=local_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        vocab_size=vocab_size,
+        holdout=holdout,
+        pin_memory=pin_memory,
+    )
+    if validation is None or own is None:
+        return train_loader, None
+    validation_loader = build_validation_loader(
+        data,
+        dataset=own[0],
+        dataset_path=own[1],
+        seq_len=validation.seq_len,
+        local_batch_size=validation.local_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        vocab_size=vocab_size,
+        steps=validation.steps,
+        holdout=holdout,
+    )
+    return train_loader, validation_loader
+
+
 def build_train_loader(
     data: DataConfig,
     *,

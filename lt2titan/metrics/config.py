@@ -29,7 +29,8 @@ class MetricsConfig:
     """Folder of the TensorBoard event files, inside the run folder; a resumed run continues in it."""
 
     enable_wandb: bool = False
-    """Log to Weights & Biases; offline when WANDB_MODE=offline or when there is no API key."""
+    """Log to Weights & Biases; offline when WANDB_MODE=offline or when there is no API key. W&B cannot replace
+    logged steps: before going back with checkpoint.load_step, remove wandb_run_id.txt to get a new W&B run."""
 
     wandb_project: str = "lt2titan"
     """W&B project; the entity is taken from WANDB_ENTITY."""

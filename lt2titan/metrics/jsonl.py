@@ -27,15 +27,17 @@ class JsonlSink:
     """Appends records to ``path``, each line on its way to the file system before ``write`` returns.
 
     A run that resumes at step N re-does the steps after N, so their old lines are dropped first, as is a line
-    that a kill tore. A run that starts at step 0 starts an empty file. Non-finite numbers are written as null
-    because JSON has no NaN.
+    that a kill tore. A run that starts at step 0 starts an empty file and keeps that of an earlier run as
+    ``<path>.1`` (.2, ... if taken). Non-finite numbers are written as null because JSON has no NaN.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and resume_step > 0:
             _drop_lines_after(path, resume_step)
+        elif path.exists() and path.stat().st_size > 0:
+            _set_aside(path)
         # Unbuffered: nothing can be left behind in this process, and a full disk is noticed at its line.
         self._file = path.open("ab", buffering=0)
 
@@ -65,8 +67,20 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def _set_aside(path: Path) -> None:
+    """Rename the file of an earlier run to the next free number."""
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    try:
+        os.rename(path, kept)
+    except OSError as error:
+        raise MetricsWriteError(kept, error) from error
+    logger.warning("%s is of an earlier run and this one starts from step 0: kept as %s", path, kept)
+
+
 def _drop_lines_after(path: Path, resume_step: int) -> None:
-    """Keep the lines up to ``resume_step`` (none when it is 0), replacing the file in one move."""
+    """Keep the lines up to ``resume_step``, replacing the file in one move."""
     lines = path.read_bytes().splitlines()
     kept: list[bytes] = []
     unreadable: list[int] = []
@@ -74,7 +88,7 @@ def _drop_lines_after(path: Path, resume_step: int) -> None:
         step = _step_of(line)
         if step is None:
             unreadable.append(number)
-        elif step <= resume_step and resume_step > 0:
+        elif step <= resume_step:
             kept.append(line)
 
     if unreadable:

@@ -26,7 +26,8 @@ class MetricsLogger:
         run_folder: where everything is written (`job.dump_folder`).
         steps: last step of the run, for progress and the time left.
         resume_step: the step of the loaded checkpoint, 0 for a fresh start. What an earlier process recorded
-            after it is dropped, because this run records those steps again.
+            after it is dropped, because this run records those steps again (W&B keeps it, see WandbSink); a
+            fresh start keeps the whole of an earlier file under another name.
         is_main: only the logging rank opens anything; on the others every call does nothing.
         run_config: the resolved config, shown by W&B.
 

@@ -22,8 +22,10 @@ class WandbSink:
     """Logs ``train/<name>`` and ``validation/<name>`` against the training step.
 
     The run's id stands in ``run_folder/wandb_run_id.txt``. A run that starts at step 0 gets a new id (or
-    WANDB_RUN_ID), since W&B cannot take back the steps of an older one. On resume W&B keeps the steps that it
-    has: it ignores re-done ones, whose values are the same.
+    WANDB_RUN_ID), since W&B cannot take back the steps of an older one. For the same reason a resumed run shows
+    re-done steps as they were first logged. After a crash that makes no difference worth mentioning; after going
+    back with checkpoint.load_step it does: up to the old branch's last step W&B shows the old branch (the other
+    sinks show the new one). Remove the file before going back, and the new branch becomes a W&B run of its own.
     """
 
     def __init__(

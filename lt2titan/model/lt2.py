@@ -54,7 +54,7 @@ class LT2(nn.Module):
             positions: (B, L) int64, each token's place in its document; by default its place in the row.
             cu_seqlens: (N + 1,) int32, boundaries of packed documents over the flattened tokens (B x L); positions
                 must then restart with them.
-            chunk_indices: see kernels.gated_delta_rule.make_chunk_indices; saves a device sync with cu_seqlens.
+            chunk_indices: see kernels.packing.make_chunk_indices; saves a device sync with cu_seqlens.
             max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
             state: continue the sequences in it, and update it; not with cu_seqlens.
         """

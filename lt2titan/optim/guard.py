@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,16 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard:
     """Skips steps without asking the device: the decision stays a tensor that the fused optimizer obeys.
 
-    Loss and gradient norm must already be those of all ranks, so that all ranks decide alike.
+    Loss and gradient norm must already be those of all ranks, so that all ranks decide alike. The counts travel to the
+    host while later steps run, and are looked at LAG steps later: nobody waits, and every rank stops at the same step.
     """
+
+    LAG = 2
 
     def __init__(self, max_in_a_row: int, device: torch.device) -> None:
         self.max_in_a_row = max_in_a_row
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._longest = torch.zeros((), dtype=torch.int64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped since the start, skipped in a row
+        self._on_their_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
         """Take the optimizer's step unless ``loss`` or ``grad_norm`` (scalars) is not finite."""
@@ -30,24 +34,42 @@ class NonFiniteGuard:
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
-        self._skipped += bad
-        self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
-        self._longest = torch.maximum(self._longest, self._in_a_row)
+        skipped, in_a_row = self._counts
+        self._counts = torch.stack([skipped + bad, torch.where(bad, in_a_row + 1, 0)])
+        self._send()
 
-    def check(self) -> int:
-        """Steps skipped so far. Waits for the device: call it where the loop waits anyway.
+    def check(self, last: bool = False) -> None:
+        """Stop a run that makes no progress: look at the counts as they were LAG steps ago, or at the ``last`` too.
 
         Raises:
-            NonFiniteError: ``max_in_a_row`` steps or more in a row were skipped.
+            NonFiniteError: ``max_in_a_row`` steps in a row had been skipped.
         """
-        if (longest := int(self._longest)) >= self.max_in_a_row:
-            raise NonFiniteError(
-                f"{longest} steps in a row had a loss or gradient that is not finite; none was applied. Lower "
-                "optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume from an earlier checkpoint "
-                "(checkpoint.load_step); training.max_skipped_steps sets how many are borne"
-            )
-        return int(self._skipped)
+        while len(self._on_their_way) > (0 if last else self.LAG):
+            counts, arrived = self._on_their_way.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            if (in_a_row := int(counts[1])) >= self.max_in_a_row:
+                raise NonFiniteError(
+                    f"{in_a_row} steps in a row had a loss or gradient that is not finite; none was applied. Lower "
+                    "optimizer.lr, lengthen lr_scheduler.warmup_steps, or resume from an earlier checkpoint "
+                    "(checkpoint.load_step); training.max_skipped_steps sets how many are borne"
+                )
 
-    def restore(self, n_skipped: int) -> None:
-        """Continue the count of a checkpoint."""
-        self._skipped.fill_(n_skipped)
+    def counts(self) -> tuple[int, int]:
+        """(steps skipped so far, how many of them in a row just now). Waits for the device."""
+        n_skipped, in_a_row = self._counts.tolist()
+        return n_skipped, in_a_row
+
+    def restore(self, n_skipped: int, in_a_row: int) -> None:
+        """Continue the counts of a checkpoint."""
+        self._counts = torch.tensor([n_skipped, in_a_row], device=self._counts.device)
+
+    def _send(self) -> None:
+        if self._counts.device.type == "cpu":
+            self._on_their_way.append((self._counts, None))
+            return
+        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        host.copy_(self._counts, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._on_their_way.append((host, arrived))

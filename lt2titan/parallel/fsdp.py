@@ -13,13 +13,11 @@ from lt2titan.model.lt2 import LT2
 logger = logging.getLogger("lt2titan")
 
 
-def apply_fsdp(
-    model: LT2, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype = torch.float32
-) -> None:
+def apply_fsdp(model: LT2, mesh: DeviceMesh, param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
     """Shard every block by itself, and embedding, norm, rho and head (which may be tied) together as the root.
 
-    A block is gathered at its first visit and stays whole until `reshard` after the backward pass: one all-gather per
-    block and step, whatever the number of loops. Gradients are summed over ranks, not averaged: the loss is already
+    What is gathered stays whole until `reshard` after the last backward pass: one all-gather per block and step,
+    whatever the numbers of loops and microbatches. Gradients are summed over ranks, not averaged: the loss is already
     divided by the number of tokens of all ranks.
 
     Args:
@@ -31,9 +29,9 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.core.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        block.set_reshard_after_backward(False)  # type: ignore[operator]  # fully_shard made it an FSDPModule
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _fsdp_modules(model):
+        module.set_reshard_after_backward(False)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     logger.info("FSDP2 over %d ranks, compute in %s, reduction in %s", mesh.size(), param_dtype, reduce_dtype)

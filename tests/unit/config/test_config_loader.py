@@ -12,6 +12,7 @@ import pytest
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import ConfigFileError, from_toml, load_config, to_toml
+from lt2titan.config.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
@@ -98,11 +99,19 @@ def test_circular_and_missing_bases_are_refused(tmp_path: Path) -> None:
             r"model\.mixers\.gdn\.n_heads = 7: .*these do",
         ),
         ("[training\n", r"bad\.toml: is no valid TOML"),
+        ("[trainng]\n", r"bad\.toml: unknown key trainng; "),
     ],
 )
 def test_refusals_name_the_key_the_file_and_the_way_out(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigFileError, match=message):
         load_config(write(tmp_path / "bad.toml", text))
+
+
+def test_hyphens_are_underscores(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.toml", "")
+    assert load_config(file, ["--training.seq-len", "48"]).training.seq_len == 48
+    with pytest.raises(ConfigFileError, match=r"training\.seq_len = -1: must be positive \[command line\]"):
+        load_config(file, ["--training.seq-len=-1"])
 
 
 def test_a_bad_value_on_the_command_line_is_blamed_on_it(tmp_path: Path) -> None:
@@ -204,7 +213,12 @@ def test_config_check_imports_no_torch() -> None:
         (["--training.steps", "x"], "invalid literal"),
         (["--training.steps", "0"], "training.steps = 0: must be positive [command line]"),
         (["--job.config_file", "none.toml"], "none.toml: cannot be read: No such file"),
-        (["--training.global_batch_size", "12"], "training.global_batch_size = 12: is no multiple"),
+        (["--job.config-file", "none.toml"], "none.toml: cannot be read: No such file"),
+        (["--model.tie_embeddings", "False"], "write --model.tie_embeddings or --model.no_tie_embeddings"),
+        (
+            ["--training.global_batch_size", "12", "--training.local_batch_size", "8"],
+            "training.global_batch_size = 12: is no multiple",
+        ),
         (["--model.vocab_size", "100"], "model.vocab_size = 100: the tokenizer 'bytes' has 258 tokens"),
         (["--parallelism.pipeline_parallel_degree", "2"], "looped stack"),
         (["--parallelism.expert_parallel_degree", "2"], "no experts"),
@@ -221,5 +235,20 @@ def test_refusals_exit_with_two_and_no_traceback(arguments: list[str], message: 
 
 
 def test_batch_is_checked_against_the_processes_of_the_run() -> None:
-    assert check(NGPU="2", NNODES="2").returncode == 2
-    assert check("--training.global_batch_size", "32", NGPU="2", NNODES="2").returncode == 0
+    assert check(NGPU="2", NNODES="2").returncode == 0
+    assert check(NGPU="3").returncode == 2
+    assert check("--training.local_batch_size", "4", NGPU="2", NNODES="2").returncode == 2
+    for wrong in ("two", "0", "-1"):
+        result = check(NGPU=wrong)
+        assert result.returncode == 2 and f"NGPU = '{wrong}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("local", "total", "dp_size", "expected"),
+    [(4, -1, 8, (4, 1)), (4, 32, 2, (4, 4)), (0, 8, 1, (8, 1)), (0, 8, 8, (1, 1)), (0, 24, 8, (3, 1))],
+)
+def test_global_batch_is_divided(local: int, total: int, dp_size: int, expected: tuple[int, int]) -> None:
+    training = TrainingConfig(local_batch_size=local, global_batch_size=total)
+    assert training.microbatches(dp_size) == expected
+    if total > 0:
+        assert expected[0] * expected[1] * dp_size == total

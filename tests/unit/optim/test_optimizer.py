@@ -52,6 +52,7 @@ class Problem:
     def step(self, gradient: float, loss: float = 1.0) -> None:
         self.parameter.grad = torch.full((3,), gradient)
         self.guard.step(self.optimizer, torch.tensor(loss), self.parameter.grad.norm())
+        self.guard.check()
 
 
 @pytest.mark.parametrize(
@@ -66,23 +67,31 @@ def test_poisoned_steps_leave_no_trace(bad: dict[str, float]) -> None:
     assert torch.equal(clean.parameter, poisoned.parameter)
     for key, value in clean.optimizer.state[clean.parameter].items():
         assert torch.equal(value, poisoned.optimizer.state[poisoned.parameter][key]), key
-    assert (clean.guard.check(), poisoned.guard.check()) == (0, 3)
+    assert (clean.guard.counts(), poisoned.guard.counts()) == ((0, 0), (3, 1))
 
 
-def test_too_many_in_a_row_stop_the_run_even_if_it_recovers_before_the_check() -> None:
+def test_too_many_in_a_row_stop_the_run_a_few_steps_later_whatever_is_logged() -> None:
     problem = Problem()
-    problem.step(float("nan"))
-    problem.step(1.0)
-    problem.step(float("nan"))
-    assert problem.guard.check() == 2
+    for gradient in (float("nan"), 1.0, float("nan"), 1.0, 1.0, float("nan")):
+        problem.step(gradient)  # never two in a row
     problem.step(float("nan"))
     problem.step(1.0)
     with pytest.raises(NonFiniteError, match=r"2 steps in a row.*optimizer\.lr"):
-        problem.guard.check()
+        problem.step(1.0)
 
 
-def test_count_continues_from_a_checkpoint() -> None:
+def test_the_end_of_a_run_looks_at_its_last_steps() -> None:
     problem = Problem()
-    problem.guard.restore(4)
     problem.step(float("nan"))
-    assert problem.guard.check() == 5
+    problem.step(float("nan"))
+    with pytest.raises(NonFiniteError):
+        problem.guard.check(last=True)
+
+
+def test_counts_continue_from_a_checkpoint() -> None:
+    problem = Problem()
+    problem.guard.restore(4, 1)
+    problem.step(float("nan"))
+    assert problem.guard.counts() == (5, 2)
+    with pytest.raises(NonFiniteError):
+        problem.guard.check(last=True)
