@@ -25,7 +25,7 @@ from lt2titan.trainer import Trainer
 def main() -> None:
     config = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
     rank = int(os.environ.get("RANK", "0"))
-    logger = init_logging(rank)
+    logger = init_logging()
     if config.debug.deterministic:  # cuBLAS reads it once, when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:

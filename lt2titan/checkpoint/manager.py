@@ -106,9 +106,10 @@ class CheckpointManager:
             self._log(
                 logging.INFO,
                 f"checkpoint.load_step = {step}: the run went back to step {step} before (as {marker} says) and "
-                "continues from there; remove that file to go back once more",
+                "continues from its newest checkpoint; remove that file to go back once more",
             )
-            return self.newest_valid()
+            if newest := self.newest_valid():
+                return newest
         path = self.folder / f"step-{step}"
         problem = self.ranks.on_first(lambda: str(folders.find_problem(path) or "")) or self._damage(path)
         steps = self.ranks.on_first(lambda: folders.list_steps(self.folder))

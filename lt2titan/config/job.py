@@ -56,6 +56,13 @@ class JobConfig:
             self.parallelism.validate_world_size(world_size)
         with _named("training"):
             self.training.microbatches(world_size)
+        if self.data.streaming and self.training.dataset != "huggingface":
+            reason = f"only training.dataset = 'huggingface' can be streamed, not {self.training.dataset!r}"
+            raise ConfigError("data.streaming", True, reason)
+        validates_on_training = not (self.validation.dataset or self.validation.dataset_path)
+        if self.validation.enable and validates_on_training and self.data.holdout_documents == 0:
+            reason = "leaves nothing to validate on: raise it, set validation.dataset_path, or validation.no_enable"
+            raise ConfigError("data.holdout_documents", 0, reason)
         if self.training.dataset == "synthetic":
             return
         with _named("data"):

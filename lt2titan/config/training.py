@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lt2titan.config.section import ConfigError, require
+from lt2titan.data.config import require_dataset
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class TrainingConfig:
     """Steps between Python garbage collections, on all ranks together."""
 
     def validate(self) -> None:
+        require_dataset(self)
         for name in ("steps", "seq_len", "max_norm", "max_skipped_steps", "gc_freq"):
             require(getattr(self, name) > 0, self, name, "must be positive")
         batch = self.global_batch_size

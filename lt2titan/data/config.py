@@ -6,6 +6,7 @@ other sections; the names that those may take are ``DATASET_NAMES``.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from dataclasses import dataclass
@@ -105,6 +106,18 @@ class DataConfig:
         if self.cache_folder:
             return Path(self.cache_folder).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lt2titan" / "tokens"
+
+
+def require_dataset(section: Any) -> None:
+    """Refuse a ``section`` ([training] or [validation]) whose ``dataset`` is unknown or lacks its ``dataset_path``."""
+    nearest = difflib.get_close_matches(section.dataset, DATASET_NAMES, n=1)
+    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    require(section.dataset in DATASET_NAMES, section, "dataset", f"must be one of {list(DATASET_NAMES)}{suggestion}")
+    needs_path = section.dataset in ("files", "huggingface")
+    reason = (
+        f"dataset = {section.dataset!r} needs it: a path, folder or glob pattern, or the name of a dataset of the hub"
+    )
+    require(bool(section.dataset_path) or not needs_path, section, "dataset_path", reason)
 
 
 def tokenizer_file(data: DataConfig) -> Path:

@@ -25,6 +25,7 @@ class HuggingFace:
     def __init__(self, data: DataConfig, dataset_path: str, *, streaming: bool) -> None:
         self.text_column = data.text_column
         self.bad_rows = BadRows(data.max_bad_rows)
+        self._seen_bad_rows: set[tuple[str, int]] = set()  # a stream reads them again in each epoch
         local = _local_files(dataset_path, data.text_column)
         self.name = f"{dataset_path}{f' ({data.hf_name})' if data.hf_name else ''}, split {data.hf_split}"
         # A local dataset may move between machines, so a data state names its files, not their folder.
@@ -34,6 +35,7 @@ class HuggingFace:
         if self._dataset.column_names is not None:
             self._check_columns(self._dataset.column_names)
         self.n_shards: int = self._dataset.num_shards if streaming else 1
+        self._shard_names = [str(p) for p in local] if len(local) == self.n_shards else []
         self.key = f"{self.identity}:{'' if streaming else self._dataset._fingerprint}"
         self.description = f"the Hugging Face dataset {self.name}"
 
@@ -46,7 +48,7 @@ class HuggingFace:
 
     def documents(self) -> Iterator[str]:
         """Every text of the (indexed) dataset, in its order."""
-        for _, text in self._texts(self._dataset, "the dataset", first_row=0):
+        for _, text in self._texts(self._dataset, self.name, first_row=0):
             if text is not None:
                 yield text
 
@@ -57,7 +59,8 @@ class HuggingFace:
         version of that library and is no slower, since both skip by reading the shard from its beginning.
         """
         dataset = self._dataset.shard(num_shards=self.n_shards, index=shard)
-        return self._texts(dataset, f"shard {shard}", first_row)
+        part = self._shard_names[shard] if self._shard_names else f"{self.name}, shard {shard}"
+        return self._texts(dataset, part, first_row)
 
     def _texts(self, dataset: Any, part: str, first_row: int) -> Iterator[tuple[int, str | None]]:
         from datasets.exceptions import DatasetsError
@@ -72,14 +75,15 @@ class HuggingFace:
                 self._check_columns(table.column_names)
                 for text in table.column(self.text_column).slice(n_skipped).to_pylist():
                     problem = problem_with_text(text)
-                    if problem:
-                        self.bad_rows.add(f"{self.name}, {part}, row {row + 1}", problem)
+                    if problem and (part, row) not in self._seen_bad_rows:
+                        self._seen_bad_rows.add((part, row))
+                        self.bad_rows.add(f"{part}, row {row + 1}", problem)
                     yield row, None if problem else text
                     row += 1
         except DataError:
             raise
         except (pa.ArrowException, OSError, EOFError, DatasetsError) as error:
-            raise DataError(f"{self.name}: cannot read {part} after row {row}: {error}") from error
+            raise DataError(f"{part}: cannot be read after row {row}: {error}") from error
 
 
 def _local_files(dataset_path: str, text_column: str) -> list[Path]:
@@ -121,8 +125,19 @@ def _load(data: DataConfig, dataset_path: str, local: list[Path], streaming: boo
     try:
         return datasets.load_dataset(**arguments, split=data.hf_split, streaming=streaming)
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{dataset_path}: datasets.load_dataset failed ({type(error).__name__}: {error}). "
-            "For a dataset of the hub check its name, data.hf_name, data.hf_split and that this machine reaches the "
-            "hub or has the dataset in its cache; for local files, that they exist and are whole"
-        ) from error
+        advice = (
+            "Fetch the damaged file again or remove it; training.dataset = 'files' names it, and skips malformed lines"
+            if local
+            else "Check the dataset's name, data.hf_name, data.hf_split, and that this machine reaches the hub or has "
+            "the dataset in its cache"
+        )
+        raise DataError(f"{dataset_path}: datasets.load_dataset failed: {_with_causes(error)}. {advice}") from error
+
+
+def _with_causes(error: BaseException | None) -> str:
+    """The message and those of what caused it: ``datasets`` hides the reason there."""
+    messages = []
+    while error is not None:
+        messages.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__ or error.__context__
+    return "; caused by ".join(dict.fromkeys(messages))

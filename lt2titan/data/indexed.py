@@ -28,13 +28,11 @@ logger = logging.getLogger("lt2titan")
 def split_documents(n_documents: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the documents to train on and of those held out, each ascending; the choice depends on no seed.
 
-    Raises: DataError if nothing would be left to train on.
+    At most a quarter of the documents is held out, and nothing of a single one.
     """
-    if n_held_out >= n_documents:
-        raise DataError(
-            f"data.holdout_documents = {n_held_out} leaves nothing to train on: the dataset has {n_documents} "
-            "documents; lower it, or give validation its own dataset"
-        )
+    if n_held_out > (most := n_documents // 4):
+        n_held_out = max(most, 1) if n_documents > 1 else 0
+        logger.info("data: %d documents are few: %d held out for validation", n_documents, n_held_out)
     order = permutation(n_documents, "held-out documents")
     return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 

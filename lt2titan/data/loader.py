@@ -182,7 +182,10 @@ class ValidationLoader:
         self._row, self._layout, self._share = row, layout, share
         n_windows = -(-(row.n_tokens - 1) // layout.seq_len)
         if n_windows < 1:
-            raise DataError(f"the validation text has {row.n_tokens} tokens; it needs at least 2")
+            raise DataError(
+                f"the validation text has {row.n_tokens} tokens; it needs at least 2. A single document cannot be "
+                "split: set validation.dataset_path, or validation.no_enable"
+            )
         n_batches = -(-n_windows // share.samples_per_microbatch)
         self.n_batches = n_batches if steps < 0 else min(steps, n_batches)
 
@@ -229,8 +232,10 @@ def build_loaders(
     Raises:
         DataError, ConfigError: unusable data, tokenizer or settings, naming the file or key.
     """
-    own = validation and (validation.dataset or dataset, validation.dataset_path or dataset_path)
-    holdout = own in (None, (dataset, dataset_path))
+    own = (dataset, dataset_path)
+    if validation is not None:
+        own = (validation.dataset or dataset, validation.dataset_path or dataset_path)
+    holdout = own == (dataset, dataset_path)
     train_loader = build_train_loader(
         data,
         dataset=dataset,
@@ -243,7 +248,7 @@ def build_loaders(
         holdout=holdout,
         pin_memory=pin_memory,
     )
-    if validation is None or own is None:
+    if validation is None:
         return train_loader, None
     validation_loader = build_validation_loader(
         data,

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from lt2titan.checkpoint.convert import read_model_state
-from lt2titan.checkpoint.storage import CheckpointError
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import from_toml
 from lt2titan.config.section import ConfigError
@@ -40,9 +39,7 @@ def load_model(checkpoint: Path, device: torch.device, backend: str = "auto") ->
         ConfigFileError: it was written with a configuration that this version cannot read.
         ConfigError: the backend cannot run here.
     """
-    weights, config_text = read_model_state(checkpoint)
-    if not config_text:
-        raise CheckpointError(f"{checkpoint} carries no configuration: convert the run's checkpoint again")
+    weights, config_text = read_model_state(checkpoint, require_config=True)
     config = from_toml(config_text, origin=str(checkpoint))
     model = build_on_meta(config.model, resolve_backend(backend, device))
     model.load_state_dict(weights, assign=True)

@@ -1,4 +1,4 @@
-"""How the logger "lt2titan" prints: time, level, and the rank unless it is 0."""
+"""How the logger "lt2titan" prints: time and level; torchrun puts the rank before every line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class _RunHandler(logging.StreamHandler):
     """The handler that init_logging installs, recognisable by its type when it is called again."""
 
 
-def init_logging(rank: int = 0, level: int = logging.INFO) -> logging.Logger:
+def init_logging() -> logging.Logger:
     """Send the logger "lt2titan" to standard error, once however often this is called, and return it.
 
     Call it from entry points only: records no longer reach the root logger, whose handlers (other libraries
@@ -18,10 +18,9 @@ def init_logging(rank: int = 0, level: int = logging.INFO) -> logging.Logger:
     logger = logging.getLogger("lt2titan")
     for handler in [h for h in logger.handlers if isinstance(h, _RunHandler)]:
         logger.removeHandler(handler)
-    prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _RunHandler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     return logger

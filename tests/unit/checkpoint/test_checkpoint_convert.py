@@ -123,6 +123,9 @@ def test_refusals(run_folder, tmp_path, capsys):
         assert "Traceback" not in message
         assert not (tmp_path / "a").exists()
     assert read_model_state(tmp_path / "foreign.safetensors")[1] == ""
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors holds weights without the configuration.*name"):
+        read_model_state(tmp_path / "foreign.safetensors", require_config=True)
+    assert read_model_state(run_folder, require_config=True)[1] == CONFIG_TEXT
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a"])

@@ -58,6 +58,7 @@ def run_rank(rank: int, folder: Path) -> None:
         one_to_two(rank, folder)
         two_to_two(rank, folder)
         errors_reach_all_ranks(rank, folder)
+        going_back(folder)
     finally:
         dist.destroy_process_group()
 
@@ -147,6 +148,24 @@ def errors_reach_all_ranks(rank: int, folder: Path) -> None:
     dist.barrier()
     with pytest.raises(CheckpointError, match=r"wrong checksum: model\.blocks\.0\.weight in __1_0\.distcp"):
         manager.choose_start()
+
+
+def going_back(folder: Path) -> None:
+    """Both ranks leave the old branch together, and find the new one together."""
+    model, optimizer = build_sharded(seed=0)
+    for step in (1, 2):
+        train(model, optimizer, 1)
+        save_streaming(manager_of(folder / "branch"), step, model, optimizer)
+    place = {"data_shard": (dist.get_rank(), N_RANKS)}
+    manager = manager_of(folder / "branch", load_step=1)
+    assert manager.restore(model=model, optimizer=optimizer, **place).step == 1
+    train(model, optimizer, 1)
+    path = save_streaming(manager, 2, model, optimizer)
+    expected = full_tensors(model, optimizer)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["abandoned-step-2", "branch.json", "step-1", "step-2"]
+    model, optimizer = build_sharded(seed=12)
+    assert manager_of(folder / "branch", load_step=1).restore(model=model, optimizer=optimizer, **place).step == 2
+    assert_same(full_tensors(model, optimizer), expected)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from checkpoint_helpers import (
     train,
 )
 
+from lt2titan.checkpoint import storage
 from lt2titan.checkpoint.folders import find_problem, list_steps
 from lt2titan.checkpoint.storage import CheckpointError, CheckpointWriteError
 
@@ -133,7 +134,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(three_st
         manager_of(three_steps).restore(model=model, optimizer=torch.optim.AdamW(model.parameters()))
     assert_same(all_tensors(model, torch.optim.SGD(model.parameters())), before)
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match=r"model\.extra\.bias is missing"):
+    with pytest.raises(CheckpointError, match=r"model\.extra\.bias is missing.*another job\.dump_folder"):
         manager_of(three_steps).restore(model=model, optimizer=torch.optim.AdamW(model.parameters()))
 
 
@@ -223,7 +224,7 @@ def test_load_step_goes_back_and_a_missing_one_lists_the_valid(three_steps, capl
     model, optimizer = build(9)
     loaded = manager_of(three_steps, load_step=1).restore(model=model, optimizer=optimizer)
     assert loaded.step == 1
-    assert "the newer steps 2, 3 stay until this run replaces them" in log_of(caplog)
+    assert "the first save will set the newer steps 2, 3 aside" in log_of(caplog)
     with pytest.raises(CheckpointError, match=r"load_step = 7: .*no such folder.*Other valid steps: 1, 2, 3"):
         manager_of(three_steps, load_step=7).restore(model=model, optimizer=optimizer)
     with pytest.raises(CheckpointError, match="Other valid steps: none"):
@@ -300,6 +301,24 @@ def test_after_going_back_the_checkpoint_just_written_is_never_the_one_removed(t
     manager.restore(model=model, optimizer=optimizer)
     save(manager, 2, model, optimizer)
     assert steps_in(three_steps) == [2]
+
+
+def test_a_save_that_is_not_valid_afterwards_returns_nothing_and_removes_nothing(three_steps, monkeypatch, caplog):
+    """What rank 0 sees when another node writes its shard to a disk of its own."""
+    write = storage.write_tensors
+
+    def write_elsewhere(state, step_folder, *arguments):
+        write(state, step_folder, *arguments)
+        remove_shard(step_folder)
+
+    monkeypatch.setattr(storage, "write_tensors", write_elsewhere)
+    model, optimizer = build(0)
+    assert save(manager_of(three_steps, keep_latest_k=1), 4, model, optimizer) is None
+    assert steps_in(three_steps) == [4, 3, 2, 1]
+    assert "step-4 is not valid as rank 0 sees it (__0_0.distcp is missing)" in log_of(caplog)
+    monkeypatch.undo()
+    assert save(manager_of(three_steps, keep_latest_k=1), 4, model, optimizer) == three_steps / "checkpoint" / "step-4"
+    assert steps_in(three_steps) == [4]
 
 
 def test_is_due():

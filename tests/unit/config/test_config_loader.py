@@ -225,6 +225,11 @@ def test_config_check_imports_no_torch() -> None:
         (["--parallelism.tensor_parallel_degree", "2"], "tensor_parallel_degree = 2"),
         (["--parallelism.data_parallel_shard_degree", "3"], "there are 1 processes"),
         (["--data.tokenizer", "nowhere"], "data.tokenizer = 'nowhere'"),
+        (["--training.dataset", "filez"], "did you mean 'files'?"),
+        (["--training.dataset", "files"], "training.dataset_path = ''"),
+        (["--validation.dataset", "foo"], "validation.dataset = 'foo'"),
+        (["--data.streaming"], "data.streaming = True"),
+        (["--data.holdout_documents", "0"], "data.holdout_documents = 0"),
     ],
 )
 def test_refusals_exit_with_two_and_no_traceback(arguments: list[str], message: str) -> None:

@@ -18,7 +18,7 @@ from corpora import byte_tokens, decode_row
 
 from lt2titan.data.config import DataConfig
 from lt2titan.data.errors import DataError
-from lt2titan.data.indexed import Epochs
+from lt2titan.data.indexed import Epochs, split_documents
 from lt2titan.data.loader import TrainLoader, build_train_loader
 from lt2titan.data.packing import Batch
 from lt2titan.data.store import store_in_memory
@@ -266,14 +266,16 @@ def test_document_mask_follows_the_documents(data: DataConfig, jsonl: tuple[Path
         assert torch.equal(batch.targets[batch.targets != -100], unmasked.targets[batch.targets != -100])
 
 
-def test_too_little_text_is_refused(data: DataConfig, jsonl: tuple[Path, list[str]], tmp_path: Path) -> None:
-    path, texts = jsonl
+def test_too_little_text_is_refused(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
     with pytest.raises(DataError, match="fewer than one sample of"):
-        train_loader(data, path, seq_len=1_000_000)
-    data.holdout_documents = len(texts)
-    with pytest.raises(DataError, match=r"data\.holdout_documents = 120 leaves nothing"):
-        train_loader(data, path)
-    train_loader(data, path, holdout=False)
+        train_loader(data, jsonl[0], seq_len=1_000_000)
+
+
+@pytest.mark.parametrize(("n_documents", "n_held_out"), [(400, 64), (120, 30), (8, 2), (3, 1), (2, 1), (1, 0)])
+def test_at_most_a_quarter_of_the_documents_is_held_out(n_documents: int, n_held_out: int) -> None:
+    documents, held_out = split_documents(n_documents, 64)
+    assert len(held_out) == n_held_out
+    assert sorted([*documents, *held_out]) == list(range(n_documents))
 
 
 def test_a_tokenizer_must_fit_the_model(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:

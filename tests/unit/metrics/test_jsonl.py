@@ -139,15 +139,22 @@ def test_validation_lines_are_cut_at_the_same_step(tmp_path: Path) -> None:
     assert steps(path) == [2, 2, 4, 4]
 
 
-def test_fresh_start_in_a_used_folder_starts_an_empty_file(tmp_path: Path) -> None:
+def test_fresh_start_in_a_used_folder_keeps_the_earlier_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
-    for last in (3, 2):
+    earlier: list[bytes] = []
+    for last in (3, 4, 2):
         sink = JsonlSink(path)
         sink.write(ValidationRecord(step=0, validation_loss=5.0, bits_per_byte=8.0))
         for step in range(1, last + 1):
             sink.write(record(step))
         sink.close(failed=False)
+        earlier.append(path.read_bytes())
     assert steps(path) == [0, 1, 2]
+    assert [(tmp_path / f"metrics.jsonl.{n}").read_bytes() for n in (1, 2)] == earlier[:2]
+    assert [record.getMessage().split("kept as ")[1] for record in caplog.records] == [f"{path}.1", f"{path}.2"]
+    JsonlSink(tmp_path / "new.jsonl").close(failed=False)
+    JsonlSink(tmp_path / "new.jsonl").close(failed=False)  # nothing in it, nothing to keep
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @contextmanager
