@@ -60,6 +60,7 @@ class Trainer:
             logger.warning(warning)
         self._build_data()
         self.step = self.tokens_seen = 0
+        self.last_loss: float | None = None
         self.last_evaluation: Evaluation | None = None
         self.last_checkpoint: Path | None = None
         self.checkpoints = CheckpointManager(self.folder / config.checkpoint.folder, config.checkpoint)
@@ -186,6 +187,8 @@ class Trainer:
         if not self.is_main:
             return
         logger.info("finished at step %d, %s tokens seen", self.step, f"{self.tokens_seen:,}")
+        if self.last_loss is not None:
+            logger.info("training:   loss %.4f", self.last_loss)
         if self.last_evaluation:
             logger.info(
                 "validation: loss %.4f, %.3f bits per byte",
@@ -236,11 +239,12 @@ class Trainer:
 
     def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
         n_skipped, _ = self.guard.counts()
+        self.last_loss = loss.item()
         sample = self.throughput.measure()
         self.metrics.log(
             TrainingRecord(
                 step=self.step,
-                loss=loss.item(),
+                loss=self.last_loss,
                 grad_norm=grad_norm.item(),
                 lr=self.learning_rate(),
                 tokens_per_second=sample.tokens_per_second,
