@@ -76,7 +76,8 @@ def main() -> None:
         )
         result = evaluate(model, batches, device)
     except (CheckpointError, ConfigError, ConfigFileError, DataError) as error:
-        sys.exit(f"evaluate: {error}")
+        hint = " (--tokenizer names another place)" if "tokenizer" in str(error) else ""
+        sys.exit(f"evaluate: {error}{hint}")
     if arguments.json:
         print(json.dumps(result._asdict()))
     else:

@@ -62,7 +62,8 @@ def main() -> None:
         config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
         tokenizer = build_tokenizer(config.data)
     except (CheckpointError, ConfigError, ConfigFileError) as error:
-        sys.exit(f"generate: {error}")
+        hint = " (--tokenizer names another place)" if "tokenizer" in str(error) else ""
+        sys.exit(f"generate: {error}{hint}")
     if tokenizer.n_tokens > config.model.vocab_size:
         sys.exit(
             f"generate: the tokenizer {config.data.tokenizer!r} has {tokenizer.n_tokens} tokens and the model only "
