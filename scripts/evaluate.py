@@ -61,18 +61,19 @@ def main() -> None:
         config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
         config.data.text_column = arguments.text_column or config.data.text_column
         validation, training = config.validation, config.training
-        own_files = bool(validation.dataset or validation.dataset_path)
+        source = (validation.dataset or training.dataset, validation.dataset_path or training.dataset_path)
+        held_out = source == (training.dataset, training.dataset_path)
         batches = build_validation_loader(
             config.data,
-            dataset="files" if arguments.files else validation.dataset or training.dataset,
-            dataset_path=arguments.files or validation.dataset_path or training.dataset_path,
+            dataset="files" if arguments.files else source[0],
+            dataset_path=arguments.files or source[1],
             seq_len=arguments.seq_len or validation.seq_len or training.seq_len,
             local_batch_size=arguments.batch_size,
             dp_rank=0,
             dp_size=1,
             vocab_size=config.model.vocab_size,
             steps=arguments.steps,
-            holdout=not (arguments.files or own_files),
+            holdout=held_out and not arguments.files,
         )
         result = evaluate(model, batches, device)
     except (CheckpointError, ConfigError, ConfigFileError, DataError) as error:

@@ -19,6 +19,7 @@ from lt2titan.data.huggingface import HuggingFace
 from lt2titan.data.indexed import DocumentRow, Epochs, split_documents
 from lt2titan.data.packing import Batch, BatchLayout
 from lt2titan.data.sources import HUGGINGFACE, is_stream, open_store, open_tokenizer, store_of_texts
+from lt2titan.data.store import TokenStore
 from lt2titan.data.streaming import DocumentReader, PackPosition, StreamPacker, first_documents, text_hash
 from lt2titan.data.tokenizer import Tokenizer
 
@@ -236,6 +237,7 @@ def build_loaders(
     if validation is not None:
         own = (validation.dataset or dataset, validation.dataset_path or dataset_path)
     holdout = own == (dataset, dataset_path)
+    text = OpenText(data, dataset, dataset_path, vocab_size)
     train_loader = build_train_loader(
         data,
         dataset=dataset,
@@ -247,6 +249,7 @@ def build_loaders(
         vocab_size=vocab_size,
         holdout=holdout,
         pin_memory=pin_memory,
+        text=text,
     )
     if validation is None:
         return train_loader, None
@@ -261,8 +264,32 @@ def build_loaders(
         vocab_size=vocab_size,
         steps=validation.steps,
         holdout=holdout,
+        text=text if holdout else None,
     )
     return train_loader, validation_loader
+
+
+class OpenText:
+    """A dataset opened once for training and validation: its tokenizer, and a token store or a stream."""
+
+    def __init__(self, data: DataConfig, dataset: str, dataset_path: str, vocab_size: int) -> None:
+        if data.streaming and dataset != HUGGINGFACE:
+            raise DataError(f"data.streaming = true needs training.dataset = {HUGGINGFACE!r}, not {dataset!r}")
+        self.tokenizer = open_tokenizer(data, dataset, vocab_size)
+        self.stream = HuggingFace(data, dataset_path, streaming=True) if is_stream(data, dataset) else None
+        self._open_store = functools.partial(open_store, data, dataset, dataset_path, self.tokenizer, vocab_size)
+        self._n_first = data.holdout_documents
+
+    @functools.cached_property
+    def store(self) -> TokenStore:
+        """All of a dataset that is no stream, tokenised."""
+        return self._open_store()
+
+    @functools.cached_property
+    def first_documents(self) -> list[str]:
+        """The first data.holdout_documents documents of a stream."""
+        assert self.stream is not None
+        return first_documents(self.stream, self._n_first)
 
 
 def build_train_loader(
@@ -277,6 +304,7 @@ def build_train_loader(
     vocab_size: int,
     holdout: bool = True,
     pin_memory: bool = False,
+    text: OpenText | None = None,
 ) -> TrainLoader:
     """Training batches of one rank.
 
@@ -285,21 +313,18 @@ def build_train_loader(
         vocab_size: tokens that the model has room for; the synthetic dataset uses all of them.
         holdout: leave ``data.holdout_documents`` documents out, for validation. False if validation has a
             dataset of its own.
+        text: the dataset, where it is open already.
     Raises:
         DataError, ConfigError: unusable data, tokenizer or settings, naming the file or key.
     """
     share = Share(local_batch_size=local_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-    tokenizer = open_tokenizer(data, dataset, vocab_size)
-    n_held_out = data.holdout_documents if holdout else 0
+    text = text or OpenText(data, dataset, dataset_path, vocab_size)
     layout = _layout(data, seq_len)
-    if data.streaming and dataset != HUGGINGFACE:
-        raise DataError(f"data.streaming = true needs training.dataset = {HUGGINGFACE!r}, not {dataset!r}")
-    if is_stream(data, dataset):
-        assert tokenizer is not None  # only synthetic has none
-        order: _Order = _stream_order(data, dataset_path, tokenizer, layout, share, n_held_out)
+    if text.stream is not None:
+        order: _Order = _stream_order(data, text, layout, share, holdout)
     else:
-        store = open_store(data, dataset, dataset_path, tokenizer, vocab_size)
-        documents, held_out = split_documents(store.n_documents, n_held_out)
+        store = text.store
+        documents, held_out = split_documents(store.n_documents, data.holdout_documents if holdout else 0)
         epochs = Epochs(store, documents, seq_len=seq_len, seed=data.seed, shuffle=data.shuffle)
         logger.info(
             "data: an epoch is %s samples of %d tokens; %d of %d documents are held out for validation",
@@ -309,7 +334,7 @@ def build_train_loader(
             store.n_documents,
         )
         order = _IndexedOrder(epochs, layout, share)
-    return TrainLoader(order, tokenizer, data, pin_memory=pin_memory)
+    return TrainLoader(order, text.tokenizer, data, pin_memory=pin_memory)
 
 
 def build_validation_loader(
@@ -324,6 +349,7 @@ def build_validation_loader(
     vocab_size: int,
     steps: int,
     holdout: bool = True,
+    text: OpenText | None = None,
 ) -> ValidationLoader:
     """Validation batches of one rank.
 
@@ -331,31 +357,28 @@ def build_validation_loader(
         holdout: True: the documents that ``build_train_loader`` leaves out of this dataset. False: all of it,
             or of a stream its first ``data.holdout_documents`` documents.
         steps: batches of a pass (-1, or more than there are: until the text ends).
+        text: the dataset, where it is open already.
     Raises:
         DataError, ConfigError: as for ``build_train_loader``; nothing to validate on.
     """
     share = Share(local_batch_size=local_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-    tokenizer = open_tokenizer(data, dataset, vocab_size)
-    streamed = is_stream(data, dataset)
-    if data.holdout_documents == 0 and (holdout or streamed):
+    if data.holdout_documents == 0 and (holdout or is_stream(data, dataset)):
         raise DataError(
             "there is nothing to validate on: data.holdout_documents = 0 and validation has no dataset that ends; "
             "raise data.holdout_documents or set validation.dataset and validation.dataset_path"
         )
-    if streamed:
-        assert tokenizer is not None  # only synthetic has none
-        stream = HuggingFace(data, dataset_path, streaming=True)
-        store = store_of_texts(first_documents(stream, data.holdout_documents), tokenizer)
-        documents = np.arange(store.n_documents)
+    text = text or OpenText(data, dataset, dataset_path, vocab_size)
+    if text.stream is not None:
+        assert text.tokenizer is not None  # only synthetic has none
+        store = store_of_texts(text.first_documents, text.tokenizer)
     else:
-        store = open_store(data, dataset, dataset_path, tokenizer, vocab_size)
-        if holdout:
-            documents = split_documents(store.n_documents, data.holdout_documents)[1]
-        else:
-            documents = np.arange(store.n_documents)
+        store = text.store
+    documents = np.arange(store.n_documents)
+    if holdout and text.stream is None:
+        documents = split_documents(store.n_documents, data.holdout_documents)[1]
     row = DocumentRow(store, documents)
     logger.info("data: validation text: %d documents, %s tokens", len(documents), f"{row.n_tokens:,}")
-    return ValidationLoader(row, tokenizer, _layout(data, seq_len), share, steps)
+    return ValidationLoader(row, text.tokenizer, _layout(data, seq_len), share, steps)
 
 
 def _layout(data: DataConfig, seq_len: int) -> BatchLayout:
@@ -366,22 +389,16 @@ def _layout(data: DataConfig, seq_len: int) -> BatchLayout:
     )
 
 
-def _stream_order(
-    data: DataConfig,
-    dataset_path: str,
-    tokenizer: Tokenizer,
-    layout: BatchLayout,
-    share: Share,
-    n_held_out: int,
-) -> _StreamOrder:
-    stream = HuggingFace(data, dataset_path, streaming=True)
+def _stream_order(data: DataConfig, text: OpenText, layout: BatchLayout, share: Share, holdout: bool) -> _StreamOrder:
+    stream, tokenizer = text.stream, text.tokenizer
+    assert stream is not None and tokenizer is not None  # only synthetic has no tokenizer
     reader = DocumentReader(
         stream,
         dp_rank=share.dp_rank,
         dp_size=share.dp_size,
         seed=data.seed,
         shuffle=data.shuffle,
-        held_out=frozenset(map(text_hash, first_documents(stream, n_held_out))),
+        held_out=frozenset(map(text_hash, text.first_documents if holdout else [])),
     )
     logger.info(
         "data: streaming %s: each rank reads 1/%d of its %d shards and takes 1 in %d of their documents",
@@ -403,7 +420,7 @@ def _stream_order(
         "dataset": stream.identity,
         "number of shards": stream.n_shards,
         "tokenizer": tokenizer.key,
-        "data.holdout_documents": n_held_out,
+        "data.holdout_documents": data.holdout_documents if holdout else 0,
         "data.seed": data.seed,
         "data.shuffle": data.shuffle,
         "data.shuffle_buffer": data.shuffle_buffer,

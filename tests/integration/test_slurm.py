@@ -120,9 +120,9 @@ def test_a_bad_override_fails_the_job_with_its_message(cluster: LocalSlurm, tmp_
 
 
 def test_processes_per_node_are_the_gpus_that_slurm_gave(cluster: LocalSlurm, tmp_path: Path) -> None:
-    """The node has two, which makes the file's batch of 4 per process too large: refused, naming the processes."""
+    """The node has two, which makes a batch of 4 per process too large: refused, naming the processes."""
     log = tmp_path / "job.out"
-    job = submit(cluster, log, ["--partition", "gpu", "--nodes", "1"], [], NGPU="")
+    job = submit(cluster, log, ["--partition", "gpu", "--nodes", "1"], ["--training.local_batch_size", "4"], NGPU="")
     assert final_state(cluster, job, log) == ("FAILED", "2:0")
     assert re.search(r"global_batch_size = 4: .* = 4 x 2 = 8", log.read_text())
 
