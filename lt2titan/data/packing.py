@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lt2titan.kernels.packing import make_chunk_indices
+
 logger = logging.getLogger("lt2titan")
 
 IGNORED = -100
@@ -37,6 +39,8 @@ class Batch(NamedTuple):
         n_bytes: () float64, UTF-8 bytes of text that the targets stand for. A document's bytes are spread
             evenly over its tokens but the first, so over whole documents it is exact: bits per byte = nats /
             (ln 2 * n_bytes).
+        chunk_indices: with cu_seqlens, what packed GPU kernels derive from it (kernels.packing.make_chunk_indices):
+            made here, where threads prepare batches ahead, since asking the device would stall it.
     """
 
     tokens: torch.Tensor
@@ -44,6 +48,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor
     cu_seqlens: torch.Tensor | None
     n_bytes: torch.Tensor
+    chunk_indices: torch.Tensor | None
 
 
 class Piece(NamedTuple):
@@ -91,12 +96,14 @@ class BatchLayout:
                 for begin, stop in zip(starts, [*starts[1:], length], strict=True):
                     positions_BL[row, begin:stop] -= begin
                 boundaries += [row * length + s for s in starts[1:]] + [(row + 1) * length]
+        cu_seqlens = self.document_boundaries(boundaries, n_rows) if self.document_mask else None
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens_BL1[:, :length])),
             targets=torch.from_numpy(targets_BL),
             positions=torch.from_numpy(positions_BL),
-            cu_seqlens=self.document_boundaries(boundaries, n_rows) if self.document_mask else None,
+            cu_seqlens=cu_seqlens,
             n_bytes=torch.tensor(n_bytes, dtype=torch.float64),
+            chunk_indices=None if cu_seqlens is None else make_chunk_indices(cu_seqlens),
         )
 
     def document_boundaries(self, boundaries: list[int], n_rows: int) -> torch.Tensor:
