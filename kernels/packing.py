@@ -6,8 +6,6 @@ number of tokens; repeats of it at the end are empty documents, so that its leng
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -43,8 +41,7 @@ def make_chunk_indices(cu_seqlens: Tensor, chunk_size: int = CHUNK_SIZE) -> Tens
 def check_cu_seqlens(cu_seqlens: Tensor, n_tokens: int) -> list[int]:
     """Return `cu_seqlens` as a list after checking that it covers `n_tokens` tokens; reads the values."""
     bounds: list[int] = cu_seqlens.tolist()
-    ordered = all(a <= b for a, b in pairwise(bounds))
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n_tokens or not ordered:
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n_tokens or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({n_tokens}), got {bounds}")
     return bounds
 

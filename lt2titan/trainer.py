@@ -70,6 +70,7 @@ class Trainer:
     def _build_data(self) -> None:
         training, validation = self.config.training, self.config.validation
         text = ValidationText(
+            enable=validation.enable,
             dataset=validation.dataset,
             dataset_path=validation.dataset_path,
             seq_len=validation.seq_len or training.seq_len,
@@ -85,7 +86,7 @@ class Trainer:
             dp_rank=self.dims.dp_rank,
             dp_size=self.dims.dp_size,
             vocab_size=self.config.model.vocab_size,
-            validation=text if validation.enable else None,
+            validation=text,
             pin_memory=self.device.type == "cuda",
         )
 

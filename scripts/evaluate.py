@@ -16,6 +16,7 @@ import tyro
 from lt2titan.checkpoint.storage import CheckpointError
 from lt2titan.config.loader import ConfigFileError
 from lt2titan.config.section import ConfigError
+from lt2titan.data.check import is_same_text, validation_text
 from lt2titan.data.errors import DataError
 from lt2titan.data.loader import build_validation_loader
 from lt2titan.evaluation.validate import evaluate
@@ -61,8 +62,9 @@ def main() -> None:
         config.data.tokenizer = arguments.tokenizer or config.data.tokenizer
         config.data.text_column = arguments.text_column or config.data.text_column
         validation, training = config.validation, config.training
-        source = (validation.dataset or training.dataset, validation.dataset_path or training.dataset_path)
-        held_out = source == (training.dataset, training.dataset_path)
+        training_text = (training.dataset, training.dataset_path)
+        source = validation_text(training_text, validation.dataset, validation.dataset_path)
+        held_out = is_same_text(source, training_text)
         batches = build_validation_loader(
             config.data,
             dataset="files" if arguments.files else source[0],

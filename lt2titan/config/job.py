@@ -12,6 +12,7 @@ from typing import Any
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.config.section import ConfigError
 from lt2titan.config.training import DebugConfig, JobSection, TrainingConfig
+from lt2titan.data.check import check_texts, validation_text
 from lt2titan.data.config import DataConfig, vocabulary_size
 from lt2titan.evaluation.config import ValidationConfig
 from lt2titan.kernels.config import KernelsConfig
@@ -56,17 +57,12 @@ class JobConfig:
             self.parallelism.validate_world_size(world_size)
         with _named("training"):
             self.training.microbatches(world_size)
-        if self.data.streaming and self.training.dataset != "huggingface":
-            reason = f"only training.dataset = 'huggingface' can be streamed, not {self.training.dataset!r}"
-            raise ConfigError("data.streaming", True, reason)
-        validates_on_training = not (self.validation.dataset or self.validation.dataset_path)
-        if self.validation.enable and validates_on_training and self.data.holdout_documents == 0:
-            reason = "leaves nothing to validate on: raise it, set validation.dataset_path, or validation.no_enable"
-            raise ConfigError("data.holdout_documents", 0, reason)
+        training = (self.training.dataset, self.training.dataset_path)
+        validation = validation_text(training, self.validation.dataset, self.validation.dataset_path)
+        check_texts(self.data, training, validation if self.validation.enable else None)
         if self.training.dataset == "synthetic":
             return
-        with _named("data"):
-            n_tokens = vocabulary_size(self.data)
+        n_tokens = vocabulary_size(self.data)
         if n_tokens > self.model.vocab_size:
             reason = f"the tokenizer {self.data.tokenizer!r} has {n_tokens} tokens; use at least that many"
             raise ConfigError("model.vocab_size", self.model.vocab_size, reason)

@@ -47,7 +47,7 @@ class DataConfig:
     """Configuration of a Hugging Face dataset, e.g. "sample-100BT" ("" = its default)."""
 
     hf_split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split of a Hugging Face dataset; local files are read whole."""
 
     streaming: bool = False
     """Read a Hugging Face dataset while training, without an index. Resumes only at the same data-parallel degree."""
@@ -69,11 +69,12 @@ class DataConfig:
     """Seed of the data order, apart from the model's seed."""
 
     max_bad_rows: int = 100
-    """Malformed rows (bad JSON, no text in the row) that are reported and skipped before it is an error."""
+    """Malformed rows (bad JSON, no text in the row) that are reported and skipped before it is an error. A stream's
+    are counted on each rank anew in each epoch."""
 
     holdout_documents: int = 64
-    """Whole documents kept out of training for validation when validation has no dataset of its own. Which
-    ones does not depend on the seed. A stream holds out its first ones."""
+    """Whole documents kept out of training for validation, whether it is on or not, unless validation has a dataset of
+    its own; a tenth of a small dataset. Which ones does not depend on the seed. A stream holds out its first ones."""
 
     cache_folder: str = ""
     """Where tokenised datasets are kept ("" = lt2titan/tokens in XDG_CACHE_HOME or ~/.cache)."""
@@ -108,16 +109,29 @@ class DataConfig:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lt2titan" / "tokens"
 
 
+def dataset_error(dataset: str, dataset_path: str) -> ConfigError | None:
+    """What is wrong with the name of a dataset, or with the lack of its path; the key is relative to its section."""
+    if dataset not in DATASET_NAMES:
+        nearest = difflib.get_close_matches(dataset, DATASET_NAMES, n=1)
+        suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return ConfigError("dataset", dataset, f"must be one of {list(DATASET_NAMES)}{suggestion}")
+    if dataset in ("files", "huggingface") and not dataset_path:
+        reason = f"dataset = {dataset!r} needs it: a path, folder or glob pattern"
+        if dataset == "huggingface":
+            reason += ", or the name of a dataset of the hub"
+        return ConfigError("dataset_path", dataset_path, reason)
+    if dataset == "synthetic" and dataset_path and not dataset_path.isdecimal():
+        return ConfigError(
+            "dataset_path", dataset_path, "is the seed of the synthetic language: a whole number or empty"
+        )
+    return None
+
+
 def require_dataset(section: Any) -> None:
     """Refuse a ``section`` ([training] or [validation]) whose ``dataset`` is unknown or lacks its ``dataset_path``."""
-    nearest = difflib.get_close_matches(section.dataset, DATASET_NAMES, n=1)
-    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    require(section.dataset in DATASET_NAMES, section, "dataset", f"must be one of {list(DATASET_NAMES)}{suggestion}")
-    needs_path = section.dataset in ("files", "huggingface")
-    reason = (
-        f"dataset = {section.dataset!r} needs it: a path, folder or glob pattern, or the name of a dataset of the hub"
-    )
-    require(bool(section.dataset_path) or not needs_path, section, "dataset_path", reason)
+    error = dataset_error(section.dataset, section.dataset_path)
+    if error is not None:
+        raise error
 
 
 def tokenizer_file(data: DataConfig) -> Path:
@@ -126,7 +140,7 @@ def tokenizer_file(data: DataConfig) -> Path:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(
-            "tokenizer",
+            "data.tokenizer",
             data.tokenizer,
             f'there is no file {path}; give "bytes", a tokenizer.json, or a folder that holds one',
         )
@@ -149,6 +163,6 @@ def vocabulary_size(data: DataConfig) -> int:
         added = [token["id"] for token in description.get("added_tokens") or []]
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{path} is not a tokenizer.json of the tokenizers library ({type(error).__name__}: {error})"
-        raise ConfigError("tokenizer", data.tokenizer, reason) from error
+        raise ConfigError("data.tokenizer", data.tokenizer, reason) from error
     last = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
     return max([last, *added]) + 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lt2titan.data.loader import Batch
+from lt2titan.data.packing import Batch
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:

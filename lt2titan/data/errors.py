@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("lt2titan")
 
@@ -12,30 +12,41 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file or dataset and the way out."""
 
 
+class Malformed(NamedTuple):
+    """A row without a usable text: where it is, and what is wrong."""
+
+    where: str
+    reason: str
+
+
 class BadRows:
-    """Counts malformed rows, reports each one, and raises DataError when there are more than ``limit``."""
+    """Counts malformed rows, reports each one, and raises DataError when there are more than ``limit``.
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+    Args:
+        count: those counted before.
+    """
 
-    def add(self, where: str, reason: str) -> None:
+    def __init__(self, limit: int, count: int = 0) -> None:
+        self.limit, self.count = limit, count
+
+    def add(self, row: Malformed) -> None:
         self.count += 1
-        logger.warning("skipped a malformed row: %s: %s (%d so far)", where, reason, self.count)
+        logger.warning("skipped a malformed row: %s: %s (%d so far)", row.where, row.reason, self.count)
         if self.count > self.limit:
             raise DataError(
-                f"{where}: {reason}. That is malformed row number {self.count}, and data.max_bad_rows = {self.limit}: "
-                "repair the file or raise data.max_bad_rows"
+                f"{row.where}: {row.reason}. That is malformed row number {self.count}, and data.max_bad_rows = "
+                f"{self.limit}: repair the file or raise data.max_bad_rows"
             )
 
 
-def problem_with_text(value: Any) -> str:
-    """Why ``value`` cannot be a document's text; "" if it can."""
+def text_or_malformed(value: Any, where: str) -> str | Malformed:
+    """``value`` if it can be a document's text, else what is wrong with it."""
     if value is None:
-        return "the text is missing"
+        return Malformed(where, "the text is missing")
     if not isinstance(value, str):
-        return f"the text is of type {type(value).__name__}, not a string"
+        return Malformed(where, f"the text is of type {type(value).__name__}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return f"the text is not valid Unicode ({error.reason})"
-    return ""
+        return Malformed(where, f"the text is not valid Unicode ({error.reason})")
+    return value

@@ -25,16 +25,21 @@ from lt2titan.data.store import TokenStore
 logger = logging.getLogger("lt2titan")
 
 
-def split_documents(n_documents: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the documents to train on and of those held out, each ascending; the choice depends on no seed.
+def n_held_out(n_documents: int, wanted: int) -> int:
+    """How many of ``n_documents`` are held out: as many as wanted, a tenth of a small dataset, none of a single one."""
+    n = 0 if n_documents < 2 else min(wanted, max(1, n_documents // 10))
+    if n < wanted:
+        logger.info(
+            "data: %d documents are few: %d instead of data.holdout_documents = %d are held out", n_documents, n, wanted
+        )
+    return n
 
-    At most a quarter of the documents is held out, and nothing of a single one.
-    """
-    if n_held_out > (most := n_documents // 4):
-        n_held_out = max(most, 1) if n_documents > 1 else 0
-        logger.info("data: %d documents are few: %d held out for validation", n_documents, n_held_out)
+
+def split_documents(n_documents: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the documents to train on and of those held out, each ascending; the choice depends on no seed."""
+    n = n_held_out(n_documents, wanted)
     order = permutation(n_documents, "held-out documents")
-    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+    return np.sort(order[n:]), np.sort(order[:n])
 
 
 class DocumentRow:

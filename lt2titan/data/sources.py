@@ -10,10 +10,12 @@ import numpy as np
 from lt2titan.data import synthetic
 from lt2titan.data.config import DataConfig
 from lt2titan.data.errors import DataError
-from lt2titan.data.files import Files
+from lt2titan.data.files import Files, FileStream
+from lt2titan.data.find import find_files, find_shards
 from lt2titan.data.huggingface import HuggingFace
 from lt2titan.data.python_docs import PythonDocs
 from lt2titan.data.store import Source, TokenStore, cached_store, store_in_memory, tokenise
+from lt2titan.data.streaming import Stream
 from lt2titan.data.tokenizer import Tokenizer, build_tokenizer
 
 logger = logging.getLogger("lt2titan")
@@ -29,12 +31,14 @@ def _python_docs(data: DataConfig, dataset_path: str) -> Source:
 
 def _files(data: DataConfig, dataset_path: str) -> Source:
     """Local .txt, .md, .jsonl and .parquet files. The path is a file, folder, glob pattern or a list with commas."""
-    return Files(dataset_path, data.text_column, data.max_bad_rows)
+    return Files(find_files(dataset_path), data.text_column, data.max_bad_rows)
 
 
 def _huggingface(data: DataConfig, dataset_path: str) -> Source:
-    """A dataset of the hub by its name, or local parquet or JSON-lines files. See also data.hf_name,
-    data.streaming."""
+    """A dataset of the hub by its name (data.hf_name, data.hf_split), or local parquet or JSON-lines files."""
+    paths = find_shards(dataset_path)
+    if paths:
+        return Files(paths, data.text_column, data.max_bad_rows)
     return HuggingFace(data, dataset_path, streaming=False)
 
 
@@ -44,6 +48,14 @@ TEXT_SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     HUGGINGFACE: _huggingface,
 }
 """Datasets of text. Besides them there is "synthetic", which has token ids and no text."""
+
+
+def open_stream(data: DataConfig, dataset_path: str) -> Stream:
+    """The dataset "huggingface" to be read while training, from the hub or from local files."""
+    paths = find_shards(dataset_path)
+    if paths:
+        return FileStream(paths, data.text_column, data.max_bad_rows)
+    return HuggingFace(data, dataset_path, streaming=True)
 
 
 def is_stream(data: DataConfig, dataset: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lt2titan.data.errors import DataError
+from lt2titan.data.errors import BadRows, DataError, Malformed
 from lt2titan.data.packing import Piece, bytes_per_target
 from lt2titan.data.shuffle import permutation
 from lt2titan.data.tokenizer import Tokenizer
@@ -34,17 +34,22 @@ class Stream(Protocol):
 
     name: str
     n_shards: int
+    identity: str
+    """What a data state refers to."""
 
-    def shard_rows(self, shard: int, first_row: int) -> Iterator[tuple[int, str | None]]: ...
+    def shard_rows(self, shard: int, first_row: int) -> Iterator[tuple[int, str | Malformed]]:
+        """(row number, text) of one shard from ``first_row`` on; the same each time."""
 
 
 @dataclass(frozen=True)
 class ReadPosition:
-    """Where reading goes on: the ``shard``-th shard of this rank in ``epoch``, at ``row`` of it."""
+    """Where reading goes on: the ``shard``-th shard of this rank in ``epoch``, at ``row`` of it, after ``n_bad_rows``
+    malformed rows of this rank in this epoch."""
 
     epoch: int = 0
     shard: int = 0
     row: int = 0
+    n_bad_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class PackPosition:
 
     @classmethod
     def from_dict(cls, state: dict[str, int]) -> PackPosition:
-        start = ReadPosition(state["epoch"], state["shard"], state["row"])
+        start = ReadPosition(state["epoch"], state["shard"], state["row"], state.get("n_bad_rows", 0))
         return cls(start, state["document"], state["offset"])
 
 
@@ -69,12 +74,15 @@ def text_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
-def first_documents(stream: Stream, n: int) -> list[str]:
-    """The first ``n`` documents of the stream, each text once: those held out of training."""
+def first_documents(stream: Stream, n: int, max_bad_rows: int) -> list[str]:
+    """The first ``n`` documents of the stream, each text once."""
     texts: dict[str, None] = {}
+    bad_rows = BadRows(max_bad_rows)  # apart from those of training: every rank reads these rows
     for shard in range(stream.n_shards if n else 0):
         for _, text in stream.shard_rows(shard, 0):
-            if text:
+            if isinstance(text, Malformed):
+                bad_rows.add(text)
+            elif text:
                 texts[text] = None
             if len(texts) == n:
                 return list(texts)
@@ -90,6 +98,7 @@ class DocumentReader:
 
     Args:
         held_out: hashes of documents to leave out.
+        max_bad_rows: malformed rows among this rank's share of an epoch that are skipped.
     """
 
     def __init__(
@@ -101,9 +110,10 @@ class DocumentReader:
         seed: int,
         shuffle: bool,
         held_out: frozenset[bytes],
+        max_bad_rows: int,
     ) -> None:
         self.stream, self.dp_rank, self.seed, self.shuffle = stream, dp_rank, seed, shuffle
-        self.held_out = held_out
+        self.held_out, self.max_bad_rows = held_out, max_bad_rows
         self.n_groups = math.gcd(stream.n_shards, dp_size)
         self.group, self.turn = dp_rank % self.n_groups, dp_rank // self.n_groups
         self.group_size = dp_size // self.n_groups
@@ -116,21 +126,26 @@ class DocumentReader:
     def read(self, start: ReadPosition) -> Iterator[tuple[str | None, ReadPosition]]:
         """(document, position after it) from ``start`` on, without end; (None, ...) marks the end of an epoch."""
         epoch, first_shard, first_row = start.epoch, start.shard, start.row
+        bad_rows = BadRows(self.max_bad_rows, start.n_bad_rows)
         while True:
             n_read = int((first_shard, first_row) != (0, 0))  # the rest of an epoch may well hold nothing
             shards = self._shards(epoch)
             for i in range(first_shard, len(shards)):
                 for row, text in self.stream.shard_rows(int(shards[i]), first_row):
-                    if text and row % self.group_size == self.turn and text_hash(text) not in self.held_out:
+                    if row % self.group_size != self.turn:
+                        continue
+                    if isinstance(text, Malformed):
+                        bad_rows.add(text)
+                    elif text and text_hash(text) not in self.held_out:
                         n_read += 1
-                        yield text, ReadPosition(epoch, i, row + 1)
+                        yield text, ReadPosition(epoch, i, row + 1, bad_rows.count)
                 first_row = 0
             if n_read == 0:
                 raise DataError(
                     f"{self.stream.name}: data-parallel rank {self.dp_rank} finds no document to train on in a whole "
                     "epoch; use fewer ranks, more text, or a smaller data.holdout_documents"
                 )
-            epoch, first_shard = epoch + 1, 0
+            epoch, first_shard, bad_rows = epoch + 1, 0, BadRows(self.max_bad_rows)
             yield None, ReadPosition(epoch)
 
 

@@ -102,7 +102,7 @@ class JsonTokenizer(Tokenizer):
         try:
             self._library = Library.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception for a file it cannot read
-            raise ConfigError("tokenizer", str(path), f"the tokenizers library cannot read it: {error}") from error
+            raise ConfigError("data.tokenizer", str(path), f"the tokenizers library cannot read it: {error}") from error
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True  # "</s>" in a web page is text, not the end of a document
@@ -126,7 +126,7 @@ class JsonTokenizer(Tokenizer):
         special = [t.content for t in self._library.get_added_tokens_decoder().values()]
         switch = "add_bos" if field == "bos_token" else "add_eos"
         raise ConfigError(
-            field,
+            f"data.{field}",
             name,
             f"the tokenizer has no token {' or '.join(map(repr, candidates))}; choose one of its special tokens "
             f"({', '.join(special[:40]) or 'it has none'}) or set data.{switch} = false",
@@ -150,7 +150,7 @@ def _named_tokens(path: Path) -> dict[str, str]:
                 token = config.get(field) or ""
                 names[field] = token["content"] if isinstance(token, dict) else token
         except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError("tokenizer", str(path), f"cannot be read ({error}); repair or remove it") from error
+            raise ConfigError("data.tokenizer", str(path), f"cannot be read ({error}); repair or remove it") from error
     return names
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lt2titan.config.section import require
-from lt2titan.data.config import require_dataset
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,8 +27,6 @@ class ValidationConfig:
     """Where the text lies; "" holds whole documents out of the training text (data.holdout_documents)."""
 
     def validate(self) -> None:
-        if self.dataset:
-            require_dataset(self)
         require(self.freq > 0, self, "freq", "must be positive; validation.no_enable turns validation off")
         require(self.steps == -1 or self.steps > 0, self, "steps", "must be positive, or -1 for all")
         require(self.local_batch_size >= 0, self, "local_batch_size", "must be positive, or 0 for training's")

@@ -65,12 +65,12 @@ def test_vocabulary_size_counts_added_tokens_and_gaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer = .*tokenizer\.json is not a tokenizer"):
         vocabulary_size(DataConfig(tokenizer=str(tmp_path)))
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer = .*there is no file"):
         vocabulary_size(DataConfig(tokenizer=str(tmp_path / "none")))
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import byte_tokens, make_texts, write_edu_parquet
+from corpora import byte_tokens, write_edu_parquet
 
 from lt2titan.data.config import DataConfig
 from lt2titan.data.errors import DataError
 from lt2titan.data.huggingface import HuggingFace
-from lt2titan.data.loader import build_train_loader
+from lt2titan.data.loader import build_loaders
 from lt2titan.data.python_docs import PythonDocs
 from lt2titan.data.shuffle import permutation, random_words
-from lt2titan.data.sources import open_store, synthetic_store
+from lt2titan.data.sources import TEXT_SOURCES, open_store, open_stream, synthetic_store
 from lt2titan.data.synthetic import N_SUCCESSORS, generate
 from lt2titan.data.tokenizer import build_tokenizer
 
@@ -61,9 +61,9 @@ def test_synthetic_takes_its_seed_from_the_path() -> None:
 
 
 def test_synthetic_batches_are_golden(data: DataConfig) -> None:
-    loader = build_train_loader(
+    loader, _ = build_loaders(
         data, dataset="synthetic", dataset_path="", seq_len=16, local_batch_size=2, dp_rank=0, dp_size=1,
-        vocab_size=512,
+        vocab_size=512, validation=None,
     )  # fmt: skip
     first, second = itertools.islice(loader, 2)
     assert first.tokens[0].tolist() == GOLDEN_BATCH
@@ -81,48 +81,62 @@ def test_python_docs_are_real_text_in_a_fixed_order() -> None:
     assert not any(text.startswith(("idlelib", "test.", "site-packages")) for text in texts)
 
 
-def test_hugging_face_without_streaming_equals_the_files(
-    data: DataConfig, edu_folder: tuple[Path, list[list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ``datasets`` writes goes to a folder of the test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # or it would wait for the network
+
+
+@pytest.mark.usefixtures("hub")
+def test_hugging_face_equals_the_files(data: DataConfig, edu_folder: tuple[Path, list[list[str]]]) -> None:
+    """By the ``datasets`` library, which takes a folder for a dataset as it takes a name of the hub."""
     folder, shards = edu_folder
+    write_edu_parquet(folder / "train-00001.parquet", [None, *shards[1], None])
     tokenizer = build_tokenizer(data)
-    by_hf = open_store(data, "huggingface", f"{folder}/*.parquet", tokenizer, 300)
+    data.max_bad_rows = 2
+    texts = list(itertools.chain(*shards))
+    by_library = HuggingFace(data, str(folder), streaming=False)
+    assert list(by_library.documents()) == texts and by_library.bad_rows.count == 2
+    by_name = open_store(data, "huggingface", f"{folder}/*.parquet", tokenizer, 300)
     by_files = open_store(data, "files", str(folder), tokenizer, 300)
-    assert by_hf.tokens.tolist() == byte_tokens(list(itertools.chain(*shards)))
-    assert by_hf.fingerprint == by_files.fingerprint
+    assert by_name.tokens.tolist() == by_files.tokens.tolist() == byte_tokens(texts)
+
+    by_library, by_files = HuggingFace(data, str(folder), streaming=True), open_stream(data, str(folder))
+    assert by_library.n_shards == by_files.n_shards == 3
+    for shard, first_row in ((0, 0), (1, 0), (1, 3), (2, 47), (2, 100)):
+        rows = [
+            [(n, text if isinstance(text, str) else text.reason) for n, text in stream.shard_rows(shard, first_row)]
+            for stream in (by_library, by_files)
+        ]
+        assert rows[0] == rows[1]
+    data.text_column = "content"
+    with pytest.raises(DataError, match=r"there is no column 'content'.*int_score.*text"):
+        HuggingFace(data, str(folder), streaming=True)
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hugging_face_names_the_bad_file(
-    data: DataConfig, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
+def test_the_reason_of_the_library_is_told(data: DataConfig, tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "trunc')
+    with pytest.raises(DataError, match=r"(JSON parse error|ArrowInvalid|JSONDecodeError)"):
+        for _ in HuggingFace(data, str(folder), streaming=streaming).shard_rows(0, 0):
+            pass
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    path = tmp_path / "a.parquet"
-    write_edu_parquet(path, list(make_texts(30, seed=1)))
-    data.text_column = "content"
-    with pytest.raises(DataError, match=r"a\.parquet: there is no column 'content'.*int_score.*text"):
-        HuggingFace(data, str(path), streaming=streaming)
-    data.text_column = "text"
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read.*truncated or corrupt"):
-        HuggingFace(data, str(path), streaming=streaming)
-    path.unlink()
-    path.touch()
-    with pytest.raises(DataError, match=r"a\.parquet"):
-        HuggingFace(data, str(path), streaming=streaming)
-    with pytest.raises(DataError, match="no files match"):
-        HuggingFace(data, f"{tmp_path}/*.jsonl", streaming=streaming)
-    (tmp_path / "a.txt").write_text("x")
+
+def test_local_files_of_hugging_face_are_read_as_files(data: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "trunc\n{"text": "two"}\n')
+    data.max_bad_rows = 1
+    store = open_store(data, "huggingface", str(path), build_tokenizer(data), 300)
+    assert store.tokens.tolist() == byte_tokens(["one", "two"])
+    for open_it in (open_stream, TEXT_SOURCES["huggingface"]):
+        with pytest.raises(DataError, match="no files match"):
+            open_it(data, f"{tmp_path}/*.parquet")
+    (tmp_path / "README.md").write_text("a downloaded dataset's card is no document")
     with pytest.raises(DataError, match=r"of one kind.*use training.dataset = 'files'"):
-        HuggingFace(data, f"{tmp_path}/a.txt", streaming=streaming)
-
-
-def test_hugging_face_missing_column_of_json_lines(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
-    data.text_column = "content"
-    with pytest.raises(DataError, match=r"corpus\.jsonl.*there is no column 'content'.*n, text"):
-        HuggingFace(data, str(jsonl[0]), streaming=True)
+        open_stream(data, str(tmp_path))

@@ -15,7 +15,8 @@ import zstandard
 from corpora import make_texts, write_edu_parquet
 
 from lt2titan.data.errors import DataError
-from lt2titan.data.files import Files, find_files
+from lt2titan.data.files import Files
+from lt2titan.data.find import find_files
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -26,7 +27,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read(path: object, column: str = "text", max_bad_rows: int = 0) -> list[str]:
-    return list(Files(str(path), column, max_bad_rows).documents())
+    return list(Files(find_files(str(path)), column, max_bad_rows).documents())
 
 
 def as_jsonl(texts: list[str], column: str = "text") -> bytes:
@@ -137,7 +138,7 @@ def test_malformed_rows_are_reported_and_skipped_up_to_the_limit(
     good = make_texts(len(BAD_LINES), seed=4)
     lines = [line for text, bad in zip(good, BAD_LINES, strict=True) for line in (bad, json.dumps({"text": text}))]
     path.write_text("\n".join(lines))
-    files = Files(str(path), "text", len(BAD_LINES))
+    files = Files(find_files(str(path)), "text", len(BAD_LINES))
     with caplog.at_level(logging.WARNING, logger="lt2titan"):
         assert list(files.documents()) == good
     assert files.bad_rows.count == len(BAD_LINES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -19,9 +20,10 @@ from corpora import byte_tokens, decode_row
 from lt2titan.data.config import DataConfig
 from lt2titan.data.errors import DataError
 from lt2titan.data.indexed import Epochs, split_documents
-from lt2titan.data.loader import TrainLoader, build_train_loader
+from lt2titan.data.loader import TrainLoader, build_loaders
 from lt2titan.data.packing import Batch
 from lt2titan.data.store import store_in_memory
+from lt2titan.data.tokenizer import build_tokenizer
 
 L = 32
 
@@ -29,10 +31,8 @@ L = 32
 def train_loader(
     data: DataConfig, path: object, *, rank: int = 0, ranks: int = 1, b: int = 2, **kw: Any
 ) -> TrainLoader:
-    arguments = {"dataset": "files", "seq_len": L, "vocab_size": 300} | kw
-    return build_train_loader(
-        data, dataset_path=str(path), local_batch_size=b, dp_rank=rank, dp_size=ranks, **arguments
-    )
+    arguments = {"dataset": "files", "seq_len": L, "vocab_size": 300, "validation": None} | kw
+    return build_loaders(data, dataset_path=str(path), local_batch_size=b, dp_rank=rank, dp_size=ranks, **arguments)[0]
 
 
 def take(loader: TrainLoader, n: int) -> list[Batch]:
@@ -111,11 +111,11 @@ def test_a_step_is_the_same_at_any_data_parallel_degree(
     data: DataConfig, jsonl: tuple[Path, list[str]], n_workers: int
 ) -> None:
     """12 samples a step: by 1, 2, 3 or 6 ranks, with and without accumulation, over more than an epoch."""
-    path, _ = jsonl
+    path, texts = jsonl
     data.num_workers = n_workers
     n_steps = 60
     reference = [rows(take_one) for take_one in chunks(take(train_loader(data, path, b=12), n_steps), 1)]
-    assert sum(map(len, reference)) > train_loader(data, path).samples_per_epoch * 1.2
+    assert sum(map(len, reference)) > n_windows(texts) * 1.2
     for ranks, b in ((1, 4), (2, 6), (2, 3), (3, 4), (6, 1)):
         n_accumulation = 12 // (ranks * b)
         steps = [
@@ -126,14 +126,17 @@ def test_a_step_is_the_same_at_any_data_parallel_degree(
             assert sorted(row for rank in steps for row in rows(rank[step])) == sorted(expected)
 
 
+def n_windows(texts: list[str], seq_len: int = L) -> int:
+    return (len(byte_tokens(texts)) - 1) // seq_len
+
+
 def chunks(batches: list[Batch], n: int) -> list[list[Batch]]:
     return [batches[i : i + n] for i in range(0, len(batches), n)]
 
 
 def test_ranks_are_disjoint(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
-    path, _ = jsonl
-    n_windows = train_loader(data, path).samples_per_epoch
-    n = n_windows // 6
+    path, texts = jsonl
+    n = n_windows(texts) // 6
     seen = [row for r in range(3) for row in rows(take(train_loader(data, path, rank=r, ranks=3, b=2), n))]
     assert len(set(seen)) == len(seen) == 6 * n
 
@@ -174,7 +177,7 @@ def test_resume_with_another_number_of_ranks_and_workers(data: DataConfig, jsonl
     assert pair[0].state_dict() == pair[1].state_dict()
     alone = train_loader(data, path, b=2)
     alone.load_state_dict(pair[1].state_dict())
-    assert alone.position == 18
+    assert alone.state_dict()["progress"] == {"position": 18}
     assert sorted(first) == sorted(straight[:18])
     assert rows(take(alone, 15)) == straight[18:]
 
@@ -186,7 +189,7 @@ def test_what_was_only_prepared_does_not_count(data: DataConfig, jsonl: tuple[Pa
     iterator = iter(loader)
     for n in range(1, 6):
         next(iterator)
-        assert loader.position == 2 * n
+        assert loader.state_dict()["progress"] == {"position": 2 * n}
 
 
 def test_a_moved_dataset_resumes_and_a_changed_one_is_refused(
@@ -237,9 +240,9 @@ def test_bytes_of_text_are_exact_over_whole_documents(
     path, texts = jsonl
     data.document_mask, data.shuffle = document_mask, False
     data.tokenizer = tokenizer if tokenizer == "bytes" else str(bpe_folder)
-    loader = train_loader(data, path, b=1, seq_len=1, vocab_size=400)
-    n_windows = loader.samples_per_epoch
-    batches = take(loader, n_windows)
+    encoder = build_tokenizer(data)
+    n_tokens = sum(map(len, encoder.encode_documents(texts, encoder.dtype)))
+    batches = take(train_loader(data, path, b=1, seq_len=1, vocab_size=400), n_tokens - 1)
     n_bytes = sum(len(text.encode()) for text in texts)
     assert sum(b.n_bytes.item() for b in batches) == pytest.approx(n_bytes, rel=1e-12)
     n_ignored = sum(int((b.targets == -100).sum()) for b in batches)
@@ -271,11 +274,18 @@ def test_too_little_text_is_refused(data: DataConfig, jsonl: tuple[Path, list[st
         train_loader(data, jsonl[0], seq_len=1_000_000)
 
 
-@pytest.mark.parametrize(("n_documents", "n_held_out"), [(400, 64), (120, 30), (8, 2), (3, 1), (2, 1), (1, 0)])
-def test_at_most_a_quarter_of_the_documents_is_held_out(n_documents: int, n_held_out: int) -> None:
-    documents, held_out = split_documents(n_documents, 64)
+@pytest.mark.parametrize(
+    ("n_documents", "n_held_out"), [(1000, 64), (640, 64), (639, 63), (120, 12), (19, 1), (3, 1), (2, 1), (1, 0)]
+)
+def test_a_tenth_of_few_documents_is_held_out(
+    n_documents: int, n_held_out: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="lt2titan"):
+        documents, held_out = split_documents(n_documents, 64)
     assert len(held_out) == n_held_out
     assert sorted([*documents, *held_out]) == list(range(n_documents))
+    expected = f"{n_documents} documents are few: {n_held_out} instead of data.holdout_documents = 64"
+    assert (expected in caplog.text) == (n_held_out < 64)
 
 
 def test_a_tokenizer_must_fit_the_model(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
@@ -289,9 +299,3 @@ def test_unusable_settings_are_refused(data: DataConfig, jsonl: tuple[Path, list
     data.streaming = True
     with pytest.raises(DataError, match=r"data\.streaming = true needs training\.dataset = 'huggingface'"):
         train_loader(data, jsonl[0])
-
-
-def test_the_loader_gives_its_tokenizer(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
-    loader = train_loader(data, jsonl[0])
-    assert loader.tokenizer is not None and loader.tokenizer.n_tokens == 258
-    assert train_loader(data, "", dataset="synthetic").tokenizer is None

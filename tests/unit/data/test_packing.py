@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lt2titan.data.packing import IGNORED, BatchLayout, Piece, _say_once, bytes_per_target
+from lt2titan.kernels.packing import make_chunk_indices
 
 
 def piece(ids: list[int], *, start: bool = True, rate: float = 1.0) -> Piece:
@@ -26,7 +27,7 @@ def test_without_document_mask() -> None:
     assert batch.tokens.tolist() == [[11, 12, 13, 21, 22, 23], [99, 31, 32, 33, 34, 35]]
     assert batch.targets.tolist() == [[12, 13, 21, 22, 23, 24], [31, 32, 33, 34, 35, 41]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    assert batch.cu_seqlens is None
+    assert batch.cu_seqlens is None and batch.chunk_indices is None
     assert batch.n_bytes.item() == 2 * 1.0 + 3 * 0.5 + 4 * 2.0
     assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
 
@@ -37,6 +38,8 @@ def test_with_document_mask() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
     assert batch.cu_seqlens is not None and batch.cu_seqlens.dtype == torch.int32
     assert batch.cu_seqlens.tolist() == [0, 3, 6, 7, 12, 12, 12]
+    assert batch.chunk_indices is not None
+    assert torch.equal(batch.chunk_indices, make_chunk_indices(batch.cu_seqlens))
     assert batch.n_bytes.item() == 2 * 1.0 + 3 * 0.5 + 4 * 2.0
 
 

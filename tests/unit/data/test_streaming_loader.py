@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import itertools
 import json
 from collections import Counter
@@ -15,9 +16,9 @@ from corpora import byte_tokens, decode_row, make_texts, write_edu_parquet
 
 from lt2titan.data.config import DataConfig
 from lt2titan.data.errors import DataError
-from lt2titan.data.huggingface import HuggingFace
-from lt2titan.data.loader import TrainLoader, build_train_loader
+from lt2titan.data.loader import TrainLoader, build_loaders
 from lt2titan.data.packing import Batch
+from lt2titan.data.sources import open_stream
 from lt2titan.data.streaming import DocumentReader, ReadPosition
 
 L = 48
@@ -30,10 +31,10 @@ def data(data: DataConfig) -> DataConfig:
 
 
 def stream_loader(data: DataConfig, path: object, *, rank: int = 0, ranks: int = 1, **kw: Any) -> TrainLoader:
-    arguments = {"seq_len": L, "local_batch_size": 2, "vocab_size": 300} | kw
-    return build_train_loader(
-        data, dataset="huggingface", dataset_path=str(path), dp_rank=rank, dp_size=ranks, **arguments
-    )
+    arguments = {"seq_len": L, "local_batch_size": 2, "vocab_size": 300, "validation": None} | kw
+    return build_loaders(data, dataset="huggingface", dataset_path=str(path), dp_rank=rank, dp_size=ranks, **arguments)[
+        0
+    ]
 
 
 def take(loader: TrainLoader, n: int) -> list[Batch]:
@@ -93,10 +94,12 @@ def test_an_epoch_is_a_permutation_of_all_documents(data: DataConfig, edu_folder
 def test_ranks_share_each_epoch_without_overlap(data: DataConfig, edu_folder: Edu, ranks: int) -> None:
     """Three shards: fewer than the ranks, as many, and a number that does not divide them."""
     folder, shards = edu_folder
-    stream = HuggingFace(data, str(folder), streaming=True)
+    stream = open_stream(data, str(folder))
     epochs: list[list[str]] = [[], [], []]
     for rank in range(ranks):
-        reader = DocumentReader(stream, dp_rank=rank, dp_size=ranks, seed=0, shuffle=True, held_out=frozenset())
+        reader = DocumentReader(
+            stream, dp_rank=rank, dp_size=ranks, seed=0, shuffle=True, held_out=frozenset(), max_bad_rows=0
+        )
         texts = (text for text, _ in reader.read(ReadPosition()))
         for epoch in epochs:
             mine = list(itertools.takewhile(lambda text: text is not None, texts))
@@ -124,7 +127,7 @@ def test_resume_once_and_twice_equals_straight(
                 loader.load_state_dict(json.loads(json.dumps(state)))
             resumed += take(loader, end - begin)
             state = loader.state_dict()
-            assert loader.position == end * 4
+            assert state["progress"]["position"] == end * 4
         assert same(straight, resumed)
     assert straight[-1].cu_seqlens is not None
 
@@ -165,9 +168,6 @@ def test_other_states_are_refused(
     data: DataConfig, edu_folder: Edu, bpe_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     change: dict[str, Any], arguments: dict[str, Any], name: str,
 ) -> None:  # fmt: skip
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     if "tokenizer" in change:
         change = {"tokenizer": str(bpe_folder)}
     state = stream_loader(data, edu_folder[0], rank=0, ranks=2).state_dict()
@@ -178,21 +178,72 @@ def test_other_states_are_refused(
 
 def test_held_out_documents_are_never_trained_on(data: DataConfig, edu_folder: Edu) -> None:
     folder, shards = edu_folder
-    data.holdout_documents = 45  # all of the first shard and 5 of the next
+    data.holdout_documents = 14
     everything = list(itertools.chain(*shards))
-    texts = read_texts(stream_loader(data, folder), len(everything) - 45)
-    assert sorted(texts) == sorted(everything[45:])
+    texts = read_texts(stream_loader(data, folder), len(everything) - 14)
+    assert sorted(texts) == sorted(everything[14:])
+
+
+@pytest.mark.parametrize(("n_documents", "n_held_out"), [(1, 0), (2, 1), (45, 4), (142, 14)])
+def test_a_tenth_of_a_short_stream_is_held_out(
+    data: DataConfig, tmp_path: Path, n_documents: int, n_held_out: int
+) -> None:
+    path = tmp_path / "a.parquet"
+    everything = make_texts(n_documents, seed=1)
+    write_edu_parquet(path, list(everything))
+    data.holdout_documents = 100
+    texts = read_texts(stream_loader(data, path, seq_len=4), n_documents - n_held_out)
+    assert sorted(texts) == sorted(everything[n_held_out:])
 
 
 def test_malformed_rows_are_skipped_up_to_the_limit(data: DataConfig, tmp_path: Path) -> None:
+    """They are counted anew in each epoch, and apart from those met while looking for documents to hold out."""
     good = make_texts(20, seed=1)
     path = tmp_path / "a.parquet"
     write_edu_parquet(path, [None, *good[:10], None, *good[10:]])
-    data.shuffle, data.max_bad_rows = False, 2
-    assert read_texts(stream_loader(data, path), 60) == 3 * good  # a row counts once, however often it is read
-    data.max_bad_rows = 1
-    with pytest.raises(DataError, match=r"a\.parquet, row 12: the text is missing"):
+    data.shuffle, data.max_bad_rows, data.holdout_documents = False, 2, 2
+    assert read_texts(stream_loader(data, path), 18 * 3) == good[2:] * 3
+    data.max_bad_rows, data.holdout_documents = 1, 0
+    with pytest.raises(DataError, match=r"a\.parquet, row 12: the text is missing.*row number 2"):
         read_texts(stream_loader(data, path), 20)
+
+
+def test_each_rank_counts_the_malformed_rows_of_its_share(data: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    good = make_texts(20, seed=1)
+    write_edu_parquet(path, [text for text in good for _ in range(2)] + [None] * 6)  # 3 for each of two ranks
+    data.max_bad_rows = 3
+    for rank in range(2):
+        assert sorted(read_texts(stream_loader(data, path, rank=rank, ranks=2), 20)) == sorted(good)
+    data.max_bad_rows = 2
+    for rank, last in ((0, 45), (1, 46)):
+        with pytest.raises(DataError, match=rf"row {last}: .*row number 3"):
+            read_texts(stream_loader(data, path, rank=rank, ranks=2), 25)
+
+
+def test_malformed_rows_before_a_resume_count(
+    data: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At every stop: a resumed run gives up at the same row as a straight one."""
+    path = tmp_path / "a.parquet"
+    good = make_texts(40, seed=1)
+    rows = [row for i, text in enumerate(good) for row in ([None] * (i % 4 == 3) + [text])]
+    write_edu_parquet(path, rows)  # 10 of them are malformed
+    data.shuffle_buffer, data.max_bad_rows = 3, 7
+    failing = next(n for n in range(1, 100) if sum(row is None for row in rows[:n]) == 8)
+    stops = 0
+    state: dict[str, Any] | None = None
+    with pytest.raises(DataError, match=rf"row {failing}: .*row number 8"):
+        for _ in range(1000):
+            loader = stream_loader(data, path)
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            take(loader, 1)
+            state = loader.state_dict()
+            stops += 1
+    assert stops > 10
+    data.max_bad_rows = 10
+    take(stream_loader(data, path), 200)  # several epochs
 
 
 def test_a_rank_without_documents_is_an_error(data: DataConfig, tmp_path: Path) -> None:
@@ -202,10 +253,45 @@ def test_a_rank_without_documents_is_an_error(data: DataConfig, tmp_path: Path) 
         next(iter(stream_loader(data, path, rank=3, ranks=4)))
 
 
-def test_json_lines_stream(data: DataConfig, jsonl: tuple[Path, list[str]]) -> None:
-    path, texts = jsonl
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_json_lines_stream(data: DataConfig, tmp_path: Path, suffix: str) -> None:
+    """With a malformed line that is skipped, and resumed after it."""
+    texts = make_texts(40, seed=3)
+    lines = [json.dumps({"text": text}) for text in texts]
+    content = "\n".join([*lines[:9], '{"text": "trunc', "", *lines[9:]]).encode()
+    path = tmp_path / f"corpus.jsonl{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    data.shuffle, data.max_bad_rows, data.shuffle_buffer = False, 1, 4
+    assert read_texts(stream_loader(data, path), 80) == texts * 2
+    straight = take(stream_loader(data, path), 30)
+    loader = stream_loader(data, path)
+    take(loader, 20)
+    again = stream_loader(data, path)
+    again.load_state_dict(loader.state_dict())
+    assert same(take(again, 10), straight[20:])
+    data.max_bad_rows = 0
+    with pytest.raises(DataError, match=r"corpus\.jsonl.*, line 10: not valid JSON.*data\.max_bad_rows = 0"):
+        read_texts(stream_loader(data, path), 20)
+
+
+def test_a_bad_shard_is_named(data: DataConfig, edu_folder: Edu) -> None:
+    """At the start where the file's footer tells, while reading where only its pages do."""
+    folder, _ = edu_folder
+    path = folder / "train-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + bytes(1000) + content[1040:])
     data.shuffle = False
-    assert read_texts(stream_loader(data, path), len(texts)) == texts
-    path.write_text(path.read_text() + '{"text": "trunc')
-    with pytest.raises(DataError, match=r"corpus\.jsonl"):
-        read_texts(stream_loader(data, path), len(texts) + 1)
+    loader = stream_loader(data, folder)
+    with pytest.raises(DataError, match=r"train-00001\.parquet: cannot be read.*truncated or corrupt") as caught:
+        read_texts(loader, 140)
+    assert "hub" not in str(caught.value)
+    path.write_bytes(content[:500])
+    with pytest.raises(DataError, match=r"train-00001\.parquet: cannot be read.*truncated or corrupt"):
+        stream_loader(data, folder)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-00001\.parquet: the file is empty"):
+        stream_loader(data, folder)
+    path.write_bytes(content)
+    data.text_column = "content"
+    with pytest.raises(DataError, match=r"\.parquet: there is no column 'content'.*int_score.*text"):
+        stream_loader(data, folder)

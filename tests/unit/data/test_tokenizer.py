@@ -65,7 +65,7 @@ def test_bos_and_eos_by_usual_name_config_and_setting(bpe_folder: Path, tmp_path
 
 
 def test_a_missing_special_token_lists_the_candidates(bpe_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"bos_token.*<nope>.*<s>, </s>.*add_bos = false"):
+    with pytest.raises(ConfigError, match=r"^data\.bos_token = .*<nope>.*<s>, </s>.*add_bos = false"):
         build_tokenizer(DataConfig(tokenizer=str(bpe_folder), bos_token="<nope>"))
     without = build_tokenizer(DataConfig(tokenizer=str(bpe_folder), bos_token="<nope>", add_bos=False))
     assert without.bos_id == -1
