@@ -15,10 +15,10 @@ class Block(nn.Module):
     """h + Mixer(norm(h)), then h + SwiGLU(norm(h)). A block knows nothing of loops: the loop's window and the decode
     state of this visit come with the call."""
 
-    def __init__(self, config: ModelConfig, mixer: str, backend: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: str, is_first: bool, backend: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer: Mixer = build_mixer(mixer, config, backend)
+        self.mixer: Mixer = build_mixer(mixer, config, is_first, backend)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = SwiGLU(config.dim, config.ffn_width)
 

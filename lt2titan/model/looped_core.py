@@ -26,7 +26,8 @@ class LoopedCore(nn.Module):
         super().__init__()
         self.n_loops = config.n_loops
         self.windows = [0 if w == FULL_WINDOW else w for w in config.loop.windows]
-        blocks = nn.ModuleList(Block(config, mixer, backend) for mixer in config.layer_mixers)
+        kinds = config.layer_mixers
+        blocks = nn.ModuleList(Block(config, kind, kinds.index(kind) == i, backend) for i, kind in enumerate(kinds))
         self.blocks: list[Block] = blocks  # type: ignore[assignment]  # a ModuleList cannot name what it holds
         self.rho = nn.Parameter(torch.empty(config.n_loops, config.dim)) if config.loop.residual_gate else None
         self.recompute_blocks = False
@@ -38,7 +39,10 @@ class LoopedCore(nn.Module):
 
     def forward(self, h: Tensor, context: Context, states: Sequence[Sequence[State]] | None = None) -> Tensor:
         """h (B, L, dim) -> (B, L, dim); ``states[loop][layer]`` when decoding."""
+        # Every name is there from the start: one structure, so that a compiled block needs one graph.
         carry: Carry = {}
+        for block in self.blocks:
+            carry.update(block.mixer.initial_carry(h))
         for loop in range(self.n_loops):
             loop_context = replace(context, window=self.window(loop))
             previous = h

@@ -21,6 +21,15 @@ class StateSpec(NamedTuple):
     fill: int = 0
 
 
+class Common(NamedTuple):
+    """What every mixer is built with beside its own sizes."""
+
+    dim: int
+    norm_eps: float
+    is_first: bool  # of its kind in the physical stack
+    backend: str  # of the operators, "reference" or "fla"
+
+
 class Mixer(nn.Module):
     """Mixes tokens: y_t depends on x_1..x_t of the same document."""
 
@@ -30,6 +39,10 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         """x (B, L, dim) -> (B, L, dim). With ``state``, x continues the sequences it holds, and it is updated."""
         raise NotImplementedError
+
+    def initial_carry(self, x: Tensor) -> Carry:
+        """What this mixer reads from the carry, for hidden states x (B, L, dim), before any layer has written it."""
+        return {}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         """Decode state for ``batch_size`` sequences of up to ``max_length`` tokens; ``window`` as in Context."""

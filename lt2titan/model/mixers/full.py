@@ -8,7 +8,7 @@ from torch import Tensor
 from lt2titan.kernels.attention import attention, masked_attention
 from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
-from lt2titan.model.mixers.base import Mixer, State, StateSpec
+from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import FullConfig, WindowConfig
 
 
@@ -21,11 +21,12 @@ class Full(Mixer):
 
     window = 0
 
-    def __init__(self, config: FullConfig | WindowConfig, dim: int, norm_eps: float, backend: str) -> None:
+    def __init__(self, config: FullConfig | WindowConfig, common: Common) -> None:
         super().__init__()
+        dim = common.dim
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
         self.head_dim = self.rotary_dim = dim // config.n_heads
-        self.backend = backend
+        self.backend = common.backend
         self.q_proj = Linear(dim, dim, init_std=dim**-0.5)
         self.k_proj = Linear(dim, self.n_kv_heads * self.head_dim, init_std=dim**-0.5)
         self.v_proj = Linear(dim, self.n_kv_heads * self.head_dim, init_std=dim**-0.5)

@@ -13,7 +13,7 @@ from lt2titan.kernels.gated_rms_norm import gated_rms_norm
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
-from lt2titan.model.mixers.base import Mixer, State, StateSpec
+from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import GDNConfig
 
 CHUNK = 64
@@ -27,13 +27,14 @@ class GDN(Mixer):
     gated by SiLU. log a = -exp(A_log) softplus(W_a x + dt_bias), b = sigmoid(W_b x), doubled by allow_neg_eigval.
     """
 
-    def __init__(self, config: GDNConfig, dim: int, norm_eps: float, backend: str) -> None:
+    def __init__(self, config: GDNConfig, common: Common) -> None:
         super().__init__()
+        dim = common.dim
         self.n_heads, self.n_v_heads = config.n_heads, config.n_v_heads or config.n_heads
         key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
         self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_v_heads
         self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
-        self.norm_eps, self.backend = norm_eps, backend
+        self.norm_eps, self.backend = common.norm_eps, common.backend
         self.q_proj = Linear(dim, key_dim, init_std=dim**-0.5)
         self.k_proj = Linear(dim, key_dim, init_std=dim**-0.5)
         self.v_proj = Linear(dim, value_dim, init_std=dim**-0.5)

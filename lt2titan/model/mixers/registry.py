@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lt2titan.model.config import ModelConfig
-from lt2titan.model.mixers.base import Mixer
+from lt2titan.model.mixers.base import Common, Mixer
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.mixers.gdn import GDN
 from lt2titan.model.mixers.window import Window
@@ -11,6 +11,6 @@ from lt2titan.model.mixers.window import Window
 MIXERS: dict[str, type] = {"full": Full, "window": Window, "gdn": GDN}
 
 
-def build_mixer(name: str, config: ModelConfig, backend: str) -> Mixer:
-    """The mixer ``name`` with the sizes of ``model.mixers.<name>``."""
-    return MIXERS[name](getattr(config.mixers, name), config.dim, config.norm_eps, backend)
+def build_mixer(name: str, config: ModelConfig, is_first: bool, backend: str) -> Mixer:
+    """The mixer ``name`` with the sizes of ``model.mixers.<name>``; ``is_first`` of its kind in the physical stack."""
+    return MIXERS[name](getattr(config.mixers, name), Common(config.dim, config.norm_eps, is_first, backend))
