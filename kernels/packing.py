@@ -6,6 +6,8 @@ number of tokens; repeats of it at the end are empty documents, so that its leng
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,15 @@ def check_packed(name: str, batch: int, cu_seqlens: Tensor | None, initial_state
     if initial_state is not None and initial_state.shape[0] != n_sequences:
         raise ValueError(f"{name}: initial_state has {initial_state.shape[0]} rows for {n_sequences} sequences")
     return n_sequences
+
+
+@overload
+def contiguous(x: Tensor) -> Tensor: ...
+@overload
+def contiguous(x: None) -> None: ...
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """fla's kernels read memory in order."""
+    return None if x is None else x.contiguous()
 
 
 def for_fla(cu_seqlens: Tensor | None, chunk_indices: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -6,63 +6,61 @@ triton are imported inside the functions, so that this package works without the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from lt2titan.kernels.packing import for_fla
+from lt2titan.kernels.packing import CHUNK_SIZE, contiguous, for_fla
 
 
 def forward_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    inputs: Sequence[Tensor],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
     scale: float,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return (o, final state or None, running sum of g within chunks in log2, inverses of the chunks' I + A)."""
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Saves the running sum of g within chunks in log2, and the inverses of the chunks' I + A."""
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_fwd
 
+    q, k, v, g, beta = map(contiguous, inputs)
     cu_seqlens, chunk_indices = for_fla(cu_seqlens, chunk_indices)
     g_cumsum, o, inverse, final_state, _, _ = chunk_gated_delta_rule_fwd(
-        q=q.contiguous(),
-        k=k.contiguous(),
-        v=v.contiguous(),
-        g=g.contiguous(),
-        beta=beta.contiguous(),
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
         scale=scale,
-        initial_state=None if initial_state is None else initial_state.contiguous(),
+        initial_state=contiguous(initial_state),
         output_final_state=return_final_state,
         cu_seqlens=cu_seqlens,
         chunk_indices=chunk_indices,
     )
-    return o, final_state, g_cumsum, inverse
+    return o, final_state, [g_cumsum, inverse]
+
+
+def empty_saved(inputs: Sequence[Tensor]) -> list[Tensor]:
+    q, _, v, _, _ = inputs
+    return [q.new_empty(v.shape[:3], dtype=torch.float32), q.new_empty(*v.shape[:3], CHUNK_SIZE)]
 
 
 def forward_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    scale: float,
-    return_final_state: bool,
+    inputs: Sequence[Tensor], initial_state: Tensor | None, scale: float, return_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One kernel that walks over the tokens: for a few tokens without gradients (decoding)."""
     from fla.ops.gated_delta_rule.fused_recurrent import fused_recurrent_gated_delta_rule_fwd
 
+    q, k, v, g, beta = map(contiguous, inputs)
     return fused_recurrent_gated_delta_rule_fwd(
-        q=q.contiguous(),
-        k=k.contiguous(),
-        v=v.contiguous(),
-        g=g.contiguous(),
-        beta=beta.contiguous(),
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
         scale=scale,
-        initial_state=None if initial_state is None else initial_state.contiguous(),
+        initial_state=contiguous(initial_state),
         output_final_state=return_final_state,
     )
 
@@ -70,33 +68,30 @@ def forward_recurrent(
 def backward_chunked(
     do: Tensor,
     dfinal_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
+    inputs: Sequence[Tensor],
     initial_state: Tensor | None,
-    g_cumsum: Tensor,
-    inverse: Tensor,
+    saved: Sequence[Tensor],
     cu_seqlens: Tensor | None,
     chunk_indices: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return gradients of q, k, v, g (fp32), beta and initial_state."""
+) -> tuple[Sequence[Tensor], Tensor | None]:
     from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd
 
+    q, k, v, _, beta = map(contiguous, inputs)
+    g_cumsum, inverse = saved
     cu_seqlens, chunk_indices = for_fla(cu_seqlens, chunk_indices)
     dq, dk, dv, dbeta, dg, dinitial_state, _, _ = chunk_gated_delta_rule_bwd(
-        q=q.contiguous(),
-        k=k.contiguous(),
-        v=v.contiguous(),
+        q=q,
+        k=k,
+        v=v,
         g=g_cumsum,
-        beta=beta.contiguous(),
+        beta=beta,
         A=inverse,
         scale=scale,
-        initial_state=None if initial_state is None else initial_state.contiguous(),
-        do=do.contiguous(),
-        dht=None if dfinal_state is None else dfinal_state.contiguous(),
+        initial_state=contiguous(initial_state),
+        do=contiguous(do),
+        dht=contiguous(dfinal_state),
         cu_seqlens=cu_seqlens,
         chunk_indices=chunk_indices,
     )
-    return dq, dk, dv, dg, dbeta, dinitial_state
+    return (dq, dk, dv, dg, dbeta), dinitial_state

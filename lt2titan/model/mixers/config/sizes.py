@@ -1,0 +1,29 @@
+"""Sizes that fit together, and which would."""
+
+from __future__ import annotations
+
+from lt2titan.config.section import require
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def check_heads(section: object, dim: int) -> None:
+    """Heads must split the width evenly, RoPE needs an even head width, and query heads share key heads evenly."""
+    n_heads, n_kv_heads = section.n_heads, section.n_kv_heads  # type: ignore[attr-defined]
+    even = [n for n in divisors(dim) if (dim // n) % 2 == 0]
+    require(n_heads > 0, section, "n_heads", "must be positive")
+    require(
+        n_heads in even,
+        section,
+        "n_heads",
+        f"does not split dim {dim} into even head widths; these do: {even}",
+    )
+    require(n_kv_heads >= 0, section, "n_kv_heads", "must be 0 (as many as n_heads) or positive")
+    require(
+        n_kv_heads == 0 or n_heads % n_kv_heads == 0,
+        section,
+        "n_kv_heads",
+        f"does not divide n_heads {n_heads}; these do: {divisors(n_heads)}",
+    )
