@@ -73,7 +73,8 @@ class Recurrence:
     """
 
     def __init__(self, name: str, inputs: Sequence[str], reference: Reference, gpu: GpuKernels, n_saved: int) -> None:
-        self.name, self.n_inputs, self.n_saved = name, len(inputs), n_saved
+        self.name, self.input_names = name, tuple(inputs)
+        self.n_inputs, self.n_saved = len(inputs), n_saved
         self.reference, self.gpu = reference, gpu
         tensors = ", ".join(f"Tensor {n}" for n in inputs)
         packing = "Tensor? initial_state, Tensor? cu_seqlens, Tensor? chunk_indices"

@@ -53,12 +53,14 @@ class Draw:
 
 class RecurrenceCheck(NamedTuple):
     """operator: what is checked. inputs: draws its per-token tensors. definition: one token after another, called
-    as definition(*inputs, initial_state, scale, cu_seqlens). grouped_values: whether HV may be a multiple of H."""
+    as definition(*inputs, initial_state, scale, cu_seqlens). grouped_values: whether HV may be a multiple of H.
+    sizes: two heads as wide as in the 1.3B model."""
 
     operator: Recurrence
     inputs: Callable[[Draw], list[Tensor]]
     definition: Callable[..., tuple[Tensor, Tensor]]
     grouped_values: bool = False
+    sizes: Sizes = Sizes(2, 2, 64, 64)
 
 
 def _gated_delta_rule(draw: Draw) -> list[Tensor]:
@@ -68,5 +70,7 @@ def _gated_delta_rule(draw: Draw) -> list[Tensor]:
 
 
 RECURRENCES = {
-    "gated_delta_rule": RecurrenceCheck(GATED_DELTA_RULE, _gated_delta_rule, recurrent_gated_delta_rule, True),
+    "gated_delta_rule": RecurrenceCheck(
+        GATED_DELTA_RULE, _gated_delta_rule, recurrent_gated_delta_rule, True, Sizes(2, 2, 96, 192)
+    ),
 }
