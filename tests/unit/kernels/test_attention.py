@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lt2titan.kernels.attention import attention
 
@@ -38,3 +39,12 @@ def test_matches_the_definition(n_kv_heads: int, window: int, cu_seqlens: list[i
     for row in range(batch):
         expected = written_out(q[row], k[row], v[row], window, cu_seqlens or [0, 21])
         torch.testing.assert_close(out[row], expected)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 30])
+def test_a_window_is_sdpa_with_its_mask(window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 30, 4, 6, dtype=torch.float64, generator=generator) for _ in range(3))
+    band = torch.ones(30, 30, dtype=torch.bool).tril() & torch.ones(30, 30, dtype=torch.bool).triu(1 - window)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=band)
+    torch.testing.assert_close(attention(q, k, v, window=window, backend="reference"), expected.transpose(1, 2))

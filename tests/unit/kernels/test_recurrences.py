@@ -6,10 +6,12 @@ The definitions themselves are compared with the papers' equations and with othe
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lt2titan.kernels.check.recurrences import RECURRENCES, Decay, Draw, Sizes
 
@@ -189,6 +191,36 @@ def test_compiles_into_one_graph(name: str, packed: bool) -> None:
     actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs)
     assert_close(actual, expected)
     assert_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+@each
+@pytest.mark.parametrize("policy, n_forward", [("MUST_SAVE", 1), ("PREFER_RECOMPUTE", 2)])
+def test_selective_checkpointing_can_name_it(
+    name: str, policy: str, n_forward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = RECURRENCES[name].operator
+    n_calls = 0
+
+    def counted(*args: Any) -> tuple[Tensor, Tensor]:
+        nonlocal n_calls
+        n_calls += not torch._C._functorch.maybe_current_level()  # the backward runs it once more, inside vjp
+        return reference(*args)
+
+    reference = operator.reference
+    monkeypatch.setattr(operator, "reference", counted)
+    inputs = make_inputs(name, 1, 20)
+
+    def contexts() -> Any:
+        chosen = {operator.op._opoverload: CheckpointPolicy[policy]}
+        return create_selective_checkpoint_contexts(
+            lambda ctx, op, *args, **kwargs: chosen.get(op, CheckpointPolicy.PREFER_RECOMPUTE)
+        )
+
+    o = checkpoint(lambda *x: run(name, [x[0].tanh(), *x[1:]])[0], *inputs, use_reentrant=False, context_fn=contexts)
+    grads = torch.autograd.grad(o.sum(), inputs)
+    assert n_calls == n_forward
+    plain = run(name, [inputs[0].tanh(), *inputs[1:]])[0]
+    assert_close(grads, torch.autograd.grad(plain.sum(), inputs))
 
 
 @each
