@@ -1,9 +1,12 @@
 # Two commands: `make train` learns real text on this machine, `make test` runs the whole test suite.
-.PHONY: setup train test lint wheel
+.PHONY: setup train test test-all lint wheel
 python := .venv/bin/python
 # GPU kernels are installed where there is a GPU to run them.
 comma := ,
 extras := dev$(if $(shell nvidia-smi --list-gpus 2>/dev/null),$(comma)gpu)
+
+# The GPU kernels in Triton's interpreter, which has to be switched on before anything imports triton.
+interpreted := TRITON_INTERPRET=1 $(python) -m pytest tests/unit/kernels/test_fla_interpreter.py
 
 setup: .venv/installed
 
@@ -18,7 +21,12 @@ train: setup
 	$(python) scripts/generate.py --checkpoint $$run --prompt "The " --max-new-tokens 160 --temperature 0.7
 
 test: setup
+	$(python) -m pytest -m "not wide"
+	$(interpreted)
+
+test-all: setup
 	$(python) -m pytest
+	$(interpreted)
 
 lint: setup
 	$(python) -m ruff check

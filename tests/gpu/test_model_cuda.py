@@ -17,7 +17,7 @@ from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig, WindowConfig
+from lt2titan.model.mixers.config import FullConfig, MixersConfig, WindowConfig
 from lt2titan.model.state import allocate
 
 pytestmark = pytest.mark.gpu
@@ -26,23 +26,19 @@ SLACK = 2.0
 LENGTH = 200
 
 
-def config(rare: str) -> ModelConfig:
-    """Heads as wide as the 1.3B model's (96 / 192 and 128)."""
-    return ModelConfig(
-        vocab_size=512,
-        dim=256,
-        n_layers=4,
-        n_loops=2,
-        hybrid=HybridConfig(mixer=rare, ratio=1),
-        mixers=MixersConfig(
-            full=FullConfig(n_heads=2, n_kv_heads=1, output_gate=True),
-            window=WindowConfig(n_heads=2, window=33),
-            gdn=GDNConfig(n_heads=2),
-        ),
+def config(mixer: str) -> ModelConfig:
+    """The mixer and full attention in turns, two heads each, as wide as the 1.3B model's."""
+    mixers = MixersConfig(
+        full=FullConfig(n_heads=2, n_kv_heads=1, output_gate=True), window=WindowConfig(n_heads=2, window=33)
     )
+    for sizes in (getattr(mixers, name) for name in MixersConfig.names()):
+        if hasattr(sizes, "n_heads"):
+            sizes.n_heads = 2
+    hybrid = HybridConfig(mixer="" if mixer == "full" else "full", ratio=1)
+    return ModelConfig(vocab_size=512, dim=256, n_layers=2, n_loops=2, mixer=mixer, hybrid=hybrid, mixers=mixers)
 
 
-@pytest.fixture(scope="module", params=["full", "window"])
+@pytest.fixture(scope="module", params=MixersConfig.names())
 def models(request: pytest.FixtureRequest) -> tuple[LT2, LT2, LT2]:
     """(GPU kernels in bf16, plain references in bf16, plain references in fp64), all of the same bf16 values."""
     fast = build_on_meta(config(request.param), resolve_backend("auto", CUDA))
