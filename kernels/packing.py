@@ -24,7 +24,8 @@ def make_chunk_indices(cu_seqlens: Tensor, chunk_size: int = CHUNK_SIZE) -> Tens
     Returns:
         (n_tokens // chunk_size + n_documents, 2) int32 rows (document, chunk within that document), in order. How
         many depends only on the two counts, not on where documents end, so that compiled graphs do not change;
-        rows that are not needed name a chunk past the end of document 0, which the kernels mask out.
+        rows that are not needed name a chunk past the end of the first document that has a token, which the kernels
+        mask out (some read that document's last token first, so it must have one).
     """
     if cu_seqlens.device.type != "cpu":
         raise ValueError("make_chunk_indices: cu_seqlens must be on the CPU (its device copy would synchronise)")
@@ -35,7 +36,7 @@ def make_chunk_indices(cu_seqlens: Tensor, chunk_size: int = CHUNK_SIZE) -> Tens
     chunk = torch.arange(document.numel()) - (n_chunks.cumsum(0) - n_chunks)[document]
     rows = torch.empty(n_tokens // chunk_size + n_documents, 2, dtype=torch.int32)
     rows[: document.numel()] = torch.stack([document, chunk], dim=1)
-    rows[document.numel() :, 0] = 0
+    rows[document.numel() :, 0] = document[0]
     rows[document.numel() :, 1] = -(-n_tokens // chunk_size)
     return rows
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.config.job import JobConfig
 from lt2titan.config.provenance import resolved_toml
 from lt2titan.data.device import model_inputs
 from lt2titan.data.loader import Batch, ValidationText, build_loaders
+from lt2titan.evaluation.loop_diagnostics import SLICE_ROWS, validation_diagnostics
 from lt2titan.evaluation.validate import Evaluation, evaluate
 from lt2titan.kernels.backend import resolve_backend
 from lt2titan.metrics.hardware import peak_flops, peak_memory_gib
+from lt2titan.metrics.loop_statistics import LoopStatistics
 from lt2titan.metrics.metrics_logger import METRICS_FILE, MetricsLogger
 from lt2titan.metrics.profiler import maybe_profile
 from lt2titan.metrics.record import TrainingRecord, ValidationRecord
@@ -38,6 +44,22 @@ from lt2titan.parallel.parallelize import parallelize
 logger = logging.getLogger("lt2titan")
 
 CONFIG_FILE = "config.toml"
+
+
+class GradNorms(NamedTuple):
+    """Global L2 norms of the gradients before clipping, as scalars on the device."""
+
+    total: Tensor
+    core: Tensor  # the looped blocks and rho
+    rest: Tensor  # embedding, final norm and head
+
+
+class StepResult(NamedTuple):
+    """Of one optimizer step, on the device."""
+
+    loss: Tensor  # mean over the valid tokens of all ranks
+    grad_norms: GradNorms
+    loops: LoopStatistics | None  # where this step is diagnosed
 
 
 class Trainer:
@@ -166,9 +188,9 @@ class Trainer:
             while self.step < config.training.steps:
                 with self.throughput.data_wait():
                     microbatches = [next(batches) for _ in range(self.n_microbatches)]
-                loss, grad_norm = self.train_step(microbatches)
+                result = self.train_step(microbatches)
                 if self.metrics.should_log(self.step):
-                    self._log(loss, grad_norm)
+                    self._log(result)
                 is_last = self.step == config.training.steps
                 self.guard.check(last=is_last)
                 if config.validation.enable and (is_last or self.step % config.validation.freq == 0):
@@ -200,31 +222,33 @@ class Trainer:
         if self.last_checkpoint:
             logger.info("checkpoint: %s", self.last_checkpoint)
 
-    def train_step(self, microbatches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step over ``microbatches``; returns loss (mean over valid tokens of all ranks) and gradient
-        norm, both on the device. Nothing here waits for the device."""
+    def train_step(self, microbatches: list[Batch]) -> StepResult:
+        """One optimizer step over ``microbatches``. Nothing here waits for the device."""
         self.step += 1
         n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
         n_valid = n_valid.to(self.device, non_blocking=True)
         dist.all_reduce(n_valid)
         total = torch.zeros((), device=self.device)
+        is_diagnosed = self.config.metrics.loop_diagnostics and self.metrics.should_log(self.step)
+        loops = LoopStatistics(self.config.model.n_loops, self.device) if is_diagnosed else None
         for batch in microbatches:
-            loss = self.model(**model_inputs(batch, self.device)) / n_valid.clamp(min=1)
+            with self.model.core.observed_by(loops):
+                loss = self.model(**model_inputs(batch, self.device)) / n_valid.clamp(min=1)
             loss.backward()
             total += loss.detach()
         reshard(self.model)
         dist.all_reduce(total)
-        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm)
+        grad_norms = clip_grad_norm(self.model, self.config.training.max_norm)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.guard.step(self.optimizer, total, grad_norm)
+        self.guard.step(self.optimizer, total, grad_norms.total)
         self.optimizer.zero_grad()
 
         n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size
         self.tokens_seen += n_tokens
         self.throughput.add_step(n_tokens, self.flops_per_token)
-        return total, grad_norm
+        return StepResult(total, grad_norms, loops)
 
     def learning_rate(self) -> float:
         """The learning rate of the current step (counted from 1)."""
@@ -238,15 +262,19 @@ class Trainer:
             min_lr_factor=scheduler.min_lr_factor,
         )
 
-    def _log(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def _log(self, result: StepResult) -> None:
         n_skipped, _ = self.guard.counts()
-        self.last_loss = loss.item()
+        self.last_loss = result.loss.item()
+        grad_norm, core, rest = torch.stack(result.grad_norms).tolist()
+        extra = {}
+        if result.loops is not None:
+            extra = {"grad_norm/core": core, "grad_norm/rest": rest, **result.loops.figures()}
         sample = self.throughput.measure()
         self.metrics.log(
             TrainingRecord(
                 step=self.step,
                 loss=self.last_loss,
-                grad_norm=grad_norm.item(),
+                grad_norm=grad_norm,
                 lr=self.learning_rate(),
                 tokens_per_second=sample.tokens_per_second,
                 tokens_seen=self.tokens_seen,
@@ -255,17 +283,28 @@ class Trainer:
                 memory_gib=peak_memory_gib(self.device),
                 data_wait_fraction=sample.data_wait_fraction,
                 skipped_steps=n_skipped,
+                extra=extra,
             )
         )
 
     def validate(self) -> Evaluation:
-        """Loss and bits per byte of the held-out text, into the metrics."""
+        """Loss and bits per byte of the held-out text, and what each loop makes of its first rows, into the metrics."""
         assert self.validation_loader is not None  # only called when validation.enable
         evaluation = evaluate(self.model, self.validation_loader, self.device)
+        extra = {}
+        if self.config.metrics.loop_diagnostics:
+            rows = (self.config.validation.local_batch_size or self.local_batch_size) * self.dims.dp_size
+            first_batches = islice(self.validation_loader, math.ceil(SLICE_ROWS / rows))
+            extra = validation_diagnostics(self.model, first_batches, self.device)
         reshard(self.model)
         self.last_evaluation = evaluation
         self.metrics.log(
-            ValidationRecord(step=self.step, validation_loss=evaluation.loss, bits_per_byte=evaluation.bits_per_byte)
+            ValidationRecord(
+                step=self.step,
+                validation_loss=evaluation.loss,
+                bits_per_byte=evaluation.bits_per_byte,
+                extra=extra,
+            )
         )
         return evaluation
 
@@ -299,10 +338,16 @@ def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> 
     return model
 
 
-def clip_grad_norm(model: torch.nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of all shards to a global L2 norm of at most ``max_norm``; returns the norm before."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
+def clip_grad_norm(model: LT2, max_norm: float) -> GradNorms:
+    """Scale the gradients of all shards to a global L2 norm of at most ``max_norm``; returns the norms before."""
+    core: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            (core if name.startswith("core.") else rest).append(parameter.grad)
+    # Each is combined over the shards by an all-reduce of one number.
+    norms = torch.stack([torch.nn.utils.get_total_norm(gradients, foreach=True) for gradients in (core, rest)])
+    norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
+    total = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach=True)
+    return GradNorms(total, *norms)

@@ -70,6 +70,7 @@ class Arguments:
 def configuration(mixer: str, arguments: Arguments, folder: str) -> JobConfig:
     options = {
         "training.dataset": "synthetic",
+        "training.dataset_path": "",
         "training.steps": arguments.steps,
         "training.seq_len": arguments.seq_len,
         "training.local_batch_size": arguments.batch_size,

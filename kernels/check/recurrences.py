@@ -9,9 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lt2titan.kernels.dplr_delta_rule import LOWEST_LOG_DECAY
+from lt2titan.kernels.dplr_delta_rule import OPERATOR as DPLR_DELTA_RULE
+from lt2titan.kernels.dplr_delta_rule.reference import recurrent_dplr_delta_rule
 from lt2titan.kernels.gated_delta_rule import OPERATOR as GATED_DELTA_RULE
 from lt2titan.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
+from lt2titan.kernels.gla import OPERATOR as GLA
+from lt2titan.kernels.gla.reference import recurrent_gla
+from lt2titan.kernels.kda import BOUNDED_OPERATOR as KDA_BOUNDED
+from lt2titan.kernels.kda import LOWEST_BOUNDED_LOG_DECAY
+from lt2titan.kernels.kda import OPERATOR as KDA
+from lt2titan.kernels.kda.reference import recurrent_kda
 from lt2titan.kernels.recurrence import Recurrence
+from lt2titan.kernels.simple_gla import OPERATOR as SIMPLE_GLA
+from lt2titan.kernels.simple_gla.reference import recurrent_simple_gla
 
 Decay = Literal["mixed", "near_one", "near_zero"]
 
@@ -69,8 +80,41 @@ def _gated_delta_rule(draw: Draw) -> list[Tensor]:
     return [q, k, v, draw.log_decay(HV), 2 * draw.uniform(HV)]  # writing strengths up to 2: negative eigenvalues
 
 
+def _kda(draw: Draw) -> list[Tensor]:
+    H, HV, K, V = draw.sizes
+    q, k, v = draw.unit(H, K), draw.unit(H, K), draw.normal(HV, V)
+    return [q, k, v, draw.log_decay(HV, K), 2 * draw.uniform(HV)]
+
+
+def _kda_bounded(draw: Draw) -> list[Tensor]:
+    q, k, v, g, beta = _kda(draw)
+    return [q, k, v, g.clamp(min=LOWEST_BOUNDED_LOG_DECAY), beta]  # near zero: the bound itself, its worst case
+
+
+def _dplr_delta_rule(draw: Draw) -> list[Tensor]:
+    H, _, K, V = draw.sizes
+    q, k, v = draw.unit(H, K), draw.normal(H, K) / K**0.5, draw.normal(H, V)
+    a = -draw.unit(H, K)
+    return [q, k, v, a, -a * draw.uniform(H, K), draw.log_decay(H, K).clamp(min=LOWEST_LOG_DECAY)]  # as in RWKV-7
+
+
+def _simple_gla(draw: Draw) -> list[Tensor]:
+    H, HV, K, V = draw.sizes
+    return [draw.unit(H, K), draw.unit(H, K), draw.normal(HV, V), draw.log_decay(HV)]
+
+
+def _gla(draw: Draw) -> list[Tensor]:
+    H, _, K, V = draw.sizes
+    return [draw.normal(H, K), draw.normal(H, K) / K**0.5, draw.normal(H, V), draw.log_decay(H, K)]
+
+
 RECURRENCES = {
     "gated_delta_rule": RecurrenceCheck(
         GATED_DELTA_RULE, _gated_delta_rule, recurrent_gated_delta_rule, True, Sizes(2, 2, 96, 192)
     ),
+    "kda": RecurrenceCheck(KDA, _kda, recurrent_kda, True, Sizes(2, 2, 128, 128)),
+    "kda_bounded": RecurrenceCheck(KDA_BOUNDED, _kda_bounded, recurrent_kda, True, Sizes(2, 2, 128, 128)),
+    "dplr_delta_rule": RecurrenceCheck(DPLR_DELTA_RULE, _dplr_delta_rule, recurrent_dplr_delta_rule),
+    "simple_gla": RecurrenceCheck(SIMPLE_GLA, _simple_gla, recurrent_simple_gla, True, Sizes(1, 2, 64, 256)),
+    "gla": RecurrenceCheck(GLA, _gla, recurrent_gla, sizes=Sizes(2, 2, 256, 128)),  # GLA's keys, HGRN2's values
 }

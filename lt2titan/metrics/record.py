@@ -1,4 +1,17 @@
-"""What one log record holds: the contract between the trainer, `metrics.jsonl` and every other sink."""
+"""What one log record holds: the contract between the trainer, `metrics.jsonl` and every other sink.
+
+Figures that come in families are named ``family/member``. With metrics.loop_diagnostics there are, for t = 1..T:
+
+    training, over all tokens of the step:
+        residual_rms/loop_t     root mean square of h(t)
+        relative_update/loop_t  ||h(t) - h(t-1)|| / ||h(t-1)||, Frobenius norms
+        rho/loop_t              mean |rho_t|, with model.loop.residual_gate
+        grad_norm/core          L2 norm before clipping of the gradients of the looped blocks and rho
+        grad_norm/rest          the same of embedding, final norm and head: grad_norm^2 = core^2 + rest^2
+    validation, over the first rows of the text (the last loop's exit loss is theirs, not validation_loss):
+        exit_loss/loop_t        nats per token when final norm and head read h(t) (logit lens)
+        first_token_mass/loop_t mean attention probability on the document's first token, see model/attention_mass.py
+"""
 
 from __future__ import annotations
 
@@ -50,6 +63,13 @@ class ValidationRecord:
 
 
 Record = TrainingRecord | ValidationRecord
+
+
+def scalars(record: Record) -> dict[str, Value]:
+    """The figures of ``record`` as TensorBoard and W&B name them: those of a family stand together as
+    ``family/member``, all others as ``train/<name>`` and ``validation/<name>``."""
+    named = {name: value for name, value in record.values().items() if name not in ("step", "time")}
+    return {name if "/" in name else f"{record.kind}/{name}": value for name, value in named.items()}
 
 
 class Sink(Protocol):

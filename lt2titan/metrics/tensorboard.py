@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lt2titan.metrics.record import Record
+from lt2titan.metrics.record import Record, scalars
 
 
 class TensorBoardSink:
-    """Scalars ``train/<name>`` and ``validation/<name>`` in ``folder``.
+    """Scalars ``train/<name>``, ``validation/<name>`` and ``<family>/<member>`` in ``folder``.
 
     The events of steps after ``resume_step`` are marked as superseded, so that readers show every step once.
     """
@@ -26,9 +26,9 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
     def write(self, record: Record) -> None:
-        for name, value in record.values().items():
-            if name not in ("step", "time") and value is not None and math.isfinite(value):
-                self._writer.add_scalar(f"{record.kind}/{name}", value, record.step, walltime=record.time)
+        for tag, value in scalars(record).items():
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(tag, value, record.step, walltime=record.time)
         self._writer.flush()
 
     def close(self, failed: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lt2titan.metrics.record import Record
+from lt2titan.metrics.record import Record, scalars
 
 logger = logging.getLogger("lt2titan")
 
@@ -19,7 +19,7 @@ RUN_ID_FILE = "wandb_run_id.txt"
 
 
 class WandbSink:
-    """Logs ``train/<name>`` and ``validation/<name>`` against the training step.
+    """Logs ``train/<name>``, ``validation/<name>`` and ``<family>/<member>`` against the training step.
 
     The run's id stands in ``run_folder/wandb_run_id.txt``. A run that starts at step 0 gets a new id (or
     WANDB_RUN_ID), since W&B cannot take back the steps of an older one. For the same reason a resumed run shows
@@ -68,12 +68,8 @@ class WandbSink:
         return self._run.id
 
     def write(self, record: Record) -> None:
-        values = record.values()
         # The training and the validation record of a step share one W&B step; the next step commits it.
-        self._run.log(
-            {f"{record.kind}/{name}": value for name, value in values.items() if name not in ("step", "time")},
-            step=record.step,
-        )
+        self._run.log(scalars(record), step=record.step)
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,21 @@ from lt2titan.model.block import Block
 from lt2titan.model.config import FULL_WINDOW, ModelConfig
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.mixers.base import State
+
+
+class LoopObserver:
+    """Is shown what passes through the core, to measure it; must change nothing. Override what is of interest.
+
+    Both are called without gradient mode, on the core's own level: checkpointing, which runs blocks a second time in
+    the backward pass, does not call them again, and compiled blocks do not know of them. Under FSDP the weights of the
+    block just visited, and those outside the core, are gathered when they are called.
+    """
+
+    def after_block(self, block: Block, x: Tensor, context: Context) -> None:
+        """``block`` has been applied to x (B, L, dim)."""
+
+    def after_loop(self, loop: int, before: Tensor, after: Tensor, rho: Tensor | None) -> None:
+        """``loop`` (from 0) has turned ``before`` into ``after`` (B, L, dim); rho (dim,) is its residual gate."""
 
 
 class LoopedCore(nn.Module):
@@ -32,6 +48,7 @@ class LoopedCore(nn.Module):
         self.rho = nn.Parameter(torch.empty(config.n_loops, config.dim)) if config.loop.residual_gate else None
         self.recompute_blocks = False
         """Keep only each block's input for the backward pass; set by parallel/activation_checkpoint.py."""
+        self.observer: LoopObserver | None = None
 
     def window(self, loop: int) -> int | None:
         """Attention window of softmax layers in a loop: 0 is full, None is each mixer's own."""
@@ -47,13 +64,29 @@ class LoopedCore(nn.Module):
             loop_context = replace(context, window=self.window(loop))
             previous = h
             for layer, block in enumerate(self.blocks):
+                x = h
                 if self.recompute_blocks and torch.is_grad_enabled():
                     h, carry = checkpoint(block, h, loop_context, carry, use_reentrant=False)
                 else:
                     h, carry = block(h, loop_context, carry, None if states is None else states[loop][layer])
+                if self.observer is not None:
+                    with torch.no_grad():
+                        self.observer.after_block(block, x, loop_context)
             if self.rho is not None:
                 h = h + self.rho[loop] * previous
+            if self.observer is not None:
+                with torch.no_grad():
+                    self.observer.after_loop(loop, previous, h, None if self.rho is None else self.rho[loop])
         return h
+
+    @contextmanager
+    def observed_by(self, observer: LoopObserver | None) -> Iterator[None]:
+        """Show forward passes to ``observer``; None for nobody."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.zero_()  # rho

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from lt2titan.kernels.packing import check_cu_seqlens
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.context import Context, rotary_tables
 from lt2titan.model.head import logits, loss_sum
@@ -45,23 +47,41 @@ class LT2(nn.Module):
         chunk_indices: Tensor | None = None,
         max_seqlen: int = 0,
         state: DecodeState | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, vocab), or with ``targets`` the summed cross-entropy (a scalar, in nats).
+        """Logits (B, L, vocab), or (M, vocab) of chosen tokens, or with ``targets`` the summed cross-entropy.
+
+        The cross-entropy is a scalar, in nats.
 
         Args:
             tokens: (B, L) int64.
             targets: (B, L) int64, head.IGNORE_INDEX where nothing is predicted.
-            positions: (B, L) int64, each token's place in its document; by default its place in the row.
+            positions: (B, L) int64, each token's place in its document; by default its place in the row. Not with
+                state, which knows them.
             cu_seqlens: (N + 1,) int32, boundaries of packed documents over the flattened tokens (B x L); positions
                 must then restart with them.
             chunk_indices: see kernels.packing.make_chunk_indices; saves a device sync with cu_seqlens.
             max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
-            state: continue the sequences in it, and update it; not with cu_seqlens.
+            state: continue the sequences in it, and update it in place. Without cu_seqlens, row b continues sequence
+                b; with cu_seqlens, document n (which may be empty) continues sequence n: a prefill of prompts of
+                unequal lengths. cu_seqlens may then stay on the CPU, which saves a device sync.
+            logits_at: (M,) int64, places in the flattened tokens (B x L): of these alone logits are wanted.
+
+        Raises:
+            ValueError: state does not fit the call or has no room for its tokens; it is left as it was.
         """
         shape = tokens.shape
-        if positions is None:
-            start = 0 if state is None else state.advance(shape[1])
-            positions = torch.arange(start, start + shape[1], device=tokens.device).expand(shape)
+        if state is not None:
+            self._check_state(state, tokens, positions, cu_seqlens)
+            if cu_seqlens is None:
+                positions = state.advance(shape[1])
+            else:
+                bounds = check_cu_seqlens(cu_seqlens, tokens.numel())
+                cu_seqlens = cu_seqlens.to(tokens.device)
+                positions = state.advance_packed(bounds, cu_seqlens)
+                max_seqlen = max(end - start for start, end in pairwise(bounds))
+        elif positions is None:
+            positions = torch.arange(shape[1], device=tokens.device).expand(shape)
         if cu_seqlens is not None:  # packed kernels take one row with boundaries
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
@@ -70,7 +90,30 @@ class LT2(nn.Module):
         h = self.norm(h)
         if targets is not None:
             return loss_sum(h, self.head_weight, targets.reshape(tokens.shape))
+        if logits_at is not None:
+            return logits(h.flatten(0, 1)[logits_at], self.head_weight)
         return logits(h, self.head_weight).view(*shape, -1)
+
+    def _check_state(
+        self, state: DecodeState, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        if positions is not None:
+            raise ValueError("positions cannot be given with a decode state: each sequence goes on where it ended")
+        if tokens.numel() == 0:
+            raise ValueError(f"there are no tokens to continue the decode state with: tokens are {tuple(tokens.shape)}")
+        if cu_seqlens is None and tokens.shape[0] != state.batch_size:
+            raise ValueError(
+                f"{tokens.shape[0]} rows of tokens cannot continue the {state.batch_size} sequences of the decode "
+                "state: give one row for each, or packed documents with cu_seqlens"
+            )
+        visits, expected = [len(slots) for slots in state.slots], [len(self.core.blocks)] * self.core.n_loops
+        if visits != expected:
+            raise ValueError(
+                f"the decode state has slots for {len(visits)} loops of {visits[0]} layers and the model visits "
+                f"{len(expected)} of {expected[0]}: allocate it for this model"
+            )
+        if torch.is_grad_enabled():
+            raise ValueError("a decode state is updated in place, which gradients cannot follow: use torch.no_grad()")
 
     def _rotary_dims(self) -> Iterator[int]:
         return (block.mixer.rotary_dim for block in self.core.blocks if block.mixer.rotary_dim)

@@ -6,6 +6,8 @@ at most SLACK times as far from the truth.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from lt2titan.kernels.backend import resolve_backend
+from lt2titan.kernels.check.__main__ import limit_tuning
 from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
@@ -41,6 +44,7 @@ def config(mixer: str) -> ModelConfig:
 @pytest.fixture(scope="module", params=MixersConfig.names())
 def models(request: pytest.FixtureRequest) -> tuple[LT2, LT2, LT2]:
     """(GPU kernels in bf16, plain references in bf16, plain references in fp64), all of the same bf16 values."""
+    limit_tuning(2)
     fast = build_on_meta(config(request.param), resolve_backend("auto", CUDA))
     materialise(fast, CUDA, seed=0)
     fast.to(torch.bfloat16)
@@ -97,6 +101,34 @@ def test_packed_documents(models: tuple[LT2, LT2, LT2]) -> None:
     fast, plain, exact = models
     alone = [exact(piece) for piece in x.reshape(1, -1).split([n for n in ends.diff().tolist() if n], dim=1)]
     check(packed(fast), packed(plain), torch.cat(alone, dim=1)[0])
+
+
+@torch.no_grad()
+def test_prefill_of_unequal_prompts_and_decode(models: tuple[LT2, LT2, LT2]) -> None:
+    """Three sequences, read in two packed passes (the second skips one of them), then token by token."""
+    x = tokens(3)[:, :90]
+    passes = [(70, 1, 5), (6, 0, 66)]
+    lengths = [sum(n) for n in zip(*passes, strict=True)]
+
+    def decoded(model: LT2) -> torch.Tensor:
+        weight = model.embedding.weight
+        state = allocate(model, 3, 90, weight.dtype, weight.device)
+        read = [0, 0, 0]
+        for counts in passes:
+            packed = torch.cat([x[i, read[i] : read[i] + n] for i, n in enumerate(counts)])
+            ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+            chunks = make_chunk_indices(ends).to(weight.device)
+            model(packed[None].to(weight.device), state=state, cu_seqlens=ends, chunk_indices=chunks)
+            read = [start + n for start, n in zip(read, counts, strict=True)]
+        steps = []
+        for t in range(6):
+            token = torch.stack([x[i, n + t] for i, n in enumerate(lengths)])[:, None]
+            steps.append(model(token.to(weight.device), state=state))
+        return torch.cat(steps, dim=1)
+
+    fast, plain, exact = models
+    alone = torch.cat([exact(x[i : i + 1, : n + 6])[:, n:] for i, n in enumerate(lengths)])
+    check(decoded(fast), decoded(plain), alone)
 
 
 @torch.no_grad()

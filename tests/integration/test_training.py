@@ -31,6 +31,9 @@ EVERY_STEP = {
     "skipped_steps",
     "time",
 }
+LOOPS = {f"{family}/loop_{t}" for family in ("residual_rms", "relative_update", "rho") for t in (1, 2)}
+LOOPS |= {"grad_norm/core", "grad_norm/rest"}
+VALIDATION_LOOPS = {f"{family}/loop_{t}" for family in ("exit_loss", "first_token_mass") for t in (1, 2)}
 
 
 def check_layout(ours: list[float], theirs: list[float]) -> None:
@@ -55,15 +58,28 @@ def test_golden_losses(straight: Path) -> None:
 def test_metrics_and_run_folder(straight: Path) -> None:
     records = metrics(straight)
     assert [r["step"] for r in records] == list(range(1, 21))
-    assert all(set(r) == EVERY_STEP for r in records)
+    assert all(set(r) == EVERY_STEP | LOOPS for r in records)
+    assert all(r["grad_norm"] == pytest.approx(math.hypot(r["grad_norm/core"], r["grad_norm/rest"])) for r in records)
     assert [r["tokens_seen"] for r in records] == [128 * n for n in range(1, 21)]
     assert all(r["mfu"] is None for r in records)  # no peak is known for a CPU
     assert records[4]["lr"] == pytest.approx(3e-3) and records[-1]["lr"] == pytest.approx(3e-4)
     validations = metrics(straight, "validation_loss")
     assert [r["step"] for r in validations] == [10, 20]
+    assert all(r.keys() >= VALIDATION_LOOPS for r in validations)
     # A synthetic token stands for one byte, so both measures say the same.
     assert validations[0]["bits_per_byte"] == pytest.approx(validations[0]["validation_loss"] / math.log(2), rel=0.01)
     assert sorted(p.name for p in (straight / "checkpoint").iterdir()) == ["step-10", "step-20"]
+
+
+def test_loop_diagnostics_change_nothing_but_the_record(straight: Path, tmp_path: Path) -> None:
+    train(tmp_path, "--metrics.no_loop_diagnostics")
+    records, validations = metrics(tmp_path), metrics(tmp_path, "validation_loss")
+    assert all(set(r) == EVERY_STEP for r in records)
+    assert all(not r.keys() & VALIDATION_LOOPS for r in validations)
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in records] == [r[key] for r in metrics(straight)], key
+    theirs = metrics(straight, "validation_loss")
+    assert [r["validation_loss"] for r in validations] == [r["validation_loss"] for r in theirs]
 
 
 def test_saved_configuration_reproduces_the_run(straight: Path, tmp_path: Path) -> None:
@@ -124,6 +140,12 @@ def test_layouts_give_the_same_loss_curve(straight: Path, tmp_path: Path, n_rank
     check_layout(losses(tmp_path), losses(straight))
     ours, theirs = metrics(tmp_path, "validation_loss"), metrics(straight, "validation_loss")
     assert [r["validation_loss"] for r in ours] == pytest.approx([r["validation_loss"] for r in theirs], rel=1e-3)
+    for key in LOOPS:
+        assert [r[key] for r in metrics(tmp_path)][:8] == pytest.approx(
+            [r[key] for r in metrics(straight)][:8], rel=1e-3
+        ), key
+    for key in VALIDATION_LOOPS:
+        assert [r[key] for r in ours] == pytest.approx([r[key] for r in theirs], rel=1e-2), key
 
 
 def test_checkpoint_of_one_rank_continues_on_two(straight: Path, tmp_path: Path) -> None:
@@ -220,3 +242,6 @@ def test_scripts_read_a_run_folder(straight: Path, tmp_path: Path) -> None:
     assert run_script("convert_checkpoint.py", str(straight), str(converted)).returncode == 0
     again = run_script("evaluate.py", "--checkpoint", str(converted), "--batch-size", "4", "--json")
     assert again.stdout == result.stdout, again.stderr
+    plot = tmp_path / "plots" / "run.png"
+    assert run_script("plot_run.py", str(straight), "--output", str(plot)).returncode == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")

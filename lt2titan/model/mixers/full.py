@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from lt2titan.kernels.attention import attention, masked_attention
+from lt2titan.model.attention_mass import first_token_mass
 from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import FullConfig, WindowConfig
+
+QUERY_BLOCK = 1024
+"""New tokens whose scores are masked at a time when a decode state is continued: the mask never has L x L entries."""
 
 
 class Full(Mixer):
@@ -50,11 +54,19 @@ class Full(Mixer):
                 backend=self.backend,
             )
         else:
-            y = cached_attention(q, k, v, context.positions, window, state)
+            y = cached_attention(q, k, v, context, window, state)
         y = y.flatten(-2)
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y), carry
+
+    def first_token_mass(self, x: Tensor, context: Context, queries: Tensor, counted: Tensor) -> Tensor:
+        """Of ``queries`` (n,), where ``counted`` (B, n): see model/attention_mass.py. x (B, L, dim) as in forward."""
+        tables = context.rotary[self.head_dim]
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), tables)
+        window = self.window if context.window is None else context.window
+        return first_token_mass(q, k, window, context.cu_seqlens, queries, counted)
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         window = self.window if window is None else window
@@ -70,31 +82,66 @@ class Full(Mixer):
         return 4 * self.n_heads * self.head_dim * mean_keys
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int, state: State) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, window: int, state: State) -> Tensor:
     """Attention of new tokens (B, L, ...) over those in ``state`` and themselves; then ``state`` holds them too.
 
+    Row b continues sequence b of the state; with packed documents (B is 1), document n continues sequence n.
+
     The state is a ring: the token at position p stands in slot p mod capacity, and ``state["positions"]`` says which
-    position each slot holds (-1: none). A window's ring is as long as the window, so it forgets what is out of sight.
+    position each slot holds (-1: none). A window's ring is as long as the window, so it forgets what is out of sight;
+    that of full attention has a slot for every position.
     """
-    if q.shape[1] == 1:  # decoding: the new token replaces one that is out of sight, so the ring is all it sees
-        _write(state, k, v, positions)
-        keys, values, key_positions = state["k"], state["v"], state["positions"]
-    else:
-        keys, values = torch.cat([state["k"], k], dim=1), torch.cat([state["v"], v], dim=1)
-        key_positions = torch.cat([state["positions"], positions], dim=1)
-        _write(state, k, v, positions)
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    mask = (distance >= 0) & (key_positions >= 0)[:, None, :]
-    if window:
-        mask &= distance < window
-    return masked_attention(q, keys, values, mask)
+    positions, cu_seqlens, width = context.positions, context.cu_seqlens, context.max_seqlen
+    if cu_seqlens is None:
+        return _attend_rows(q, k, v, positions, window, state, has_gaps=False)
+    # One row per document, its tokens at the right, so that equal columns are equally far from a document's end.
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    rows = torch.arange(len(starts), device=q.device).repeat_interleave(ends - starts, output_size=q.shape[1])
+    columns = torch.arange(q.shape[1], device=q.device) + width - ends[rows]
+
+    def unpack(x: Tensor, fill: int = 0) -> Tensor:
+        return x.new_full((len(starts), width, *x.shape[2:]), fill).index_put((rows, columns), x[0])
+
+    y = _attend_rows(unpack(q), unpack(k), unpack(v), unpack(positions, -1), window, state, has_gaps=True)
+    return y[rows, columns][None]
 
 
-def _write(state: State, k: Tensor, v: Tensor, positions: Tensor) -> None:
-    capacity = state["k"].shape[1]
-    k, v, positions = k[:, -capacity:], v[:, -capacity:], positions[:, -capacity:]
-    slots = positions % capacity
-    index = slots[:, :, None, None].expand_as(k)
-    state["k"].scatter_(1, index, k)
-    state["v"].scatter_(1, index, v)
-    state["positions"].scatter_(1, slots, positions)
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int, state: State, *, has_gaps: bool
+) -> Tensor:
+    """`cached_attention` of dense rows; with gaps, the leftmost tokens of a row are none (position -1)."""
+    new = {"k": k, "v": v, "positions": positions}
+    length = q.shape[1]
+    ring_is_all = length == 1 or not window  # then what a new token replaces is out of its sight
+    if ring_is_all:
+        _write(state, new, has_gaps)
+    outputs = []
+    for start in range(0, length, QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        seen = state
+        if not ring_is_all:
+            near = slice(max(start - window + 1, 0), block.stop)
+            seen = {name: torch.cat([state[name], tensor[:, near]], dim=1) for name, tensor in new.items()}
+        distance = positions[:, block, None] - seen["positions"][:, None, :]
+        mask = (distance >= 0) & (seen["positions"] >= 0)[:, None, :]
+        if window:
+            mask &= distance < window
+        outputs.append(masked_attention(q[:, block], seen["k"], seen["v"], mask))
+    if not ring_is_all:
+        _write(state, new, has_gaps)
+    return torch.cat(outputs, dim=1)
+
+
+def _write(state: State, new: State, has_gaps: bool) -> None:
+    """Put the last tokens of each row into their slots; a gap's slot keeps what it holds."""
+    positions, capacity = new["positions"], state["positions"].shape[1]
+    n_columns = min(positions.shape[1], capacity)
+    to_end = torch.arange(n_columns - 1, -1, -1, device=positions.device)
+    slots = (positions[:, -1:] - to_end) % capacity  # consecutive, gaps included: no slot twice in a row
+    is_token = positions[:, -n_columns:] >= 0
+    for name, tensor in new.items():
+        tensor, trailing = tensor[:, -n_columns:], (1,) * (tensor.dim() - 2)
+        index = slots.view(*slots.shape, *trailing).expand_as(tensor)
+        if has_gaps:
+            tensor = torch.where(is_token.view(*slots.shape, *trailing), tensor, state[name].gather(1, index))
+        state[name].scatter_(1, index, tensor)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lt2titan.kernels.gated_delta_rule import gated_delta_rule
 from lt2titan.kernels.gated_rms_norm import gated_rms_norm
-from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import GDNConfig
-
-CHUNK = 64
-"""Tokens per chunk that FLOPs are counted for."""
+from lt2titan.model.mixers.pieces import (
+    convolution_spec,
+    convolve,
+    delta_rule_flops,
+    init_A_log,
+    init_convolution,
+    init_dt_bias,
+    l2_norm,
+    rate_log_decay,
+    sigmoid_beta,
+)
 
 
 class GDN(Mixer):
@@ -50,20 +54,15 @@ class GDN(Mixer):
         self.o_norm = nn.Parameter(torch.empty(self.head_v_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        q = self._convolve("q", self.q_proj(x), context, state).unflatten(-1, (self.n_heads, -1))
-        k = self._convolve("k", self.k_proj(x), context, state).unflatten(-1, (self.n_heads, -1))
-        v = self._convolve("v", self.v_proj(x), context, state).unflatten(-1, (self.n_v_heads, -1))
-        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
-        a, b = self.a_proj(x), self.b_proj(x)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        log_decay = -self.A_log.to(precise).exp() * F.softplus(a.to(precise) + self.dt_bias.to(precise))
-        beta = self.beta_max * torch.sigmoid(b.to(precise))
+        q = convolve(self.q_proj(x), self.q_conv, context, state, "q_conv", self.backend)
+        k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
+        v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
         y, final_state = gated_delta_rule(
-            _l2_norm(q),
-            _l2_norm(k),
-            v,
-            log_decay,
-            beta,
+            l2_norm(q.unflatten(-1, (self.n_heads, -1))),
+            l2_norm(k.unflatten(-1, (self.n_heads, -1))),
+            v.unflatten(-1, (self.n_v_heads, -1)),
+            rate_log_decay(self.a_proj(x), self.A_log, self.dt_bias),
+            sigmoid_beta(self.b_proj(x), self.beta_max),
             initial_state=None if state is None else state["recurrent"],
             cu_seqlens=context.cu_seqlens,
             chunk_indices=context.chunk_indices,
@@ -76,54 +75,22 @@ class GDN(Mixer):
         y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
 
-    def _convolve(self, name: str, x: Tensor, context: Context, state: State | None) -> Tensor:
-        taps = None if state is None else state[f"{name}_conv"]
-        y, final_taps = short_convolution(
-            x,
-            getattr(self, f"{name}_conv"),
-            initial_state=taps,
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            activation="silu",
-            return_final_state=state is not None,
-            backend=self.backend,
-        )
-        if taps is not None and final_taps is not None:
-            taps.copy_(final_taps)
-        return y
-
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim)
         spec = {"recurrent": StateSpec(recurrent, torch.float32)}
-        for name in ("q", "k", "v"):
-            channels, n_taps = getattr(self, f"{name}_conv").shape
-            spec[f"{name}_conv"] = StateSpec((batch_size, channels, n_taps - 1))
+        for name in ("q_conv", "k_conv", "v_conv"):
+            spec[name] = convolution_spec(getattr(self, name), batch_size)
         return spec
 
     def recurrence_flops(self) -> float:
-        """Per head and token of a chunk of C: q k^T, k k^T, and the inverse's products with k (2CK each) and v (2CV),
-        the scores' product with v (2CV), and three products with the state (2KV each)."""
-        k, v = self.head_k_dim, self.head_v_dim
-        return self.n_v_heads * (6 * CHUNK * k + 4 * CHUNK * v + 6 * k * v)
+        return self.n_v_heads * delta_rule_flops(self.head_k_dim, self.head_v_dim)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         if name == "o_norm":
             tensor.fill_(1.0)
         elif name == "A_log":
-            tensor.uniform_(0.0, 16.0, generator=generator).clamp_(min=1e-6).log_()
+            init_A_log(tensor, 0.0, generator)
         elif name == "dt_bias":
-            low, high = math.log(1e-3), math.log(1e-1)
-            dt = tensor.uniform_(low, high, generator=generator).exp_().clamp_(min=1e-4)
-            dt.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        else:  # convolutions start as torch's Conv1d does
-            bound = tensor.shape[1] ** -0.5
-            tensor.uniform_(-bound, bound, generator=generator)
-
-
-def _l2_norm(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, 1e-6 under the root keeping a zero vector zero.
-
-    Written as an RMS norm, which torch has as one kernel that computes in fp32 and keeps no fp32 copy of x.
-    """
-    width = x.shape[-1]
-    return F.rms_norm(x, (width,), eps=1e-6 / width) * width**-0.5
+            init_dt_bias(tensor, generator)
+        else:
+            init_convolution(tensor, tensor.shape[1], generator)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.mixers.base import Common, Mixer
+from lt2titan.model.mixers.deltanet import DeltaNet
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.mixers.gdn import GDN
+from lt2titan.model.mixers.gla import GLA
+from lt2titan.model.mixers.hgrn2 import HGRN2
+from lt2titan.model.mixers.kda import KDA
+from lt2titan.model.mixers.mamba2 import Mamba2
+from lt2titan.model.mixers.retnet import RetNet
+from lt2titan.model.mixers.rwkv7 import RWKV7
 from lt2titan.model.mixers.window import Window
 
-MIXERS: dict[str, type] = {"full": Full, "window": Window, "gdn": GDN}
+MIXERS: dict[str, type] = {
+    "full": Full,
+    "window": Window,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "deltanet": DeltaNet,
+    "gdn": GDN,
+    "kda": KDA,
+    "rwkv7": RWKV7,
+}
 
 
 def build_mixer(name: str, config: ModelConfig, is_first: bool, backend: str) -> Mixer:

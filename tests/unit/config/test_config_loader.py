@@ -19,6 +19,10 @@ CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 ABLATIONS = [
     "pure_full",
     "pure_window",
+    "pure_retnet",
+    "pure_mamba2",
+    "hybrid_full_retnet",
+    "hybrid_full_mamba2",
     "pure_gdn",
     "ratio_1to1",
     "ratio_1to6",

@@ -28,6 +28,17 @@ def test_the_definition_is_the_equation() -> None:
             torch.testing.assert_close(final[b, h], S)
 
 
+def test_without_decay_it_is_the_delta_rule_of_fla() -> None:
+    naive = pytest.importorskip("fla.ops.delta_rule.naive", exc_type=ImportError)
+    q, k, v, g, beta = (x.float() for x in INPUTS(Draw(2, 50, Sizes(2, 2, 6, 10))))
+    state = torch.randn(2, 2, 6, 10, generator=torch.Generator().manual_seed(1))
+    o, final = naive.delta_rule_recurrence(*(x.transpose(1, 2) for x in (q, k, v, beta)), initial_state=state)
+    actual = gated_delta_rule(
+        q, k, v, torch.zeros_like(g), beta, initial_state=state, return_final_state=True, backend="reference"
+    )
+    torch.testing.assert_close(actual, (o.transpose(1, 2), final), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

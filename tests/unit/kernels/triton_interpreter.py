@@ -1,8 +1,9 @@
 """Lets fla's Triton kernels run on a CPU, through Triton's interpreter (TRITON_INTERPRET=1).
 
-Two things stand in the way with Triton 3.7. Autotuning needs a GPU driver for its benchmarks: every kernel keeps only
+Three things stand in the way with Triton 3.7. Autotuning needs a GPU driver for its benchmarks: every kernel keeps only
 its first configuration. And `range` inside a kernel is Python's own, whose indices lack a tensor's methods (`.to`) and
-whose bounds may be tensors: the kernels get a `range` that yields interpreter tensors.
+whose bounds may be tensors: the kernels get a `range` that yields interpreter tensors. `tl.gather` under another name
+(fla.ops.utils.op) is not the one that the interpreter replaces: the kernels get one that looks it up when called.
 """
 
 from __future__ import annotations
@@ -30,11 +31,25 @@ def install() -> None:
 
     import fla.modules.causal_conv1d.ops
     import fla.modules.norm.fused_norm_gate
-    import fla.ops.gated_delta_rule  # noqa: F401
+    import fla.ops.gated_delta_rule
+    import fla.ops.generalized_delta_rule.dplr
+    import fla.ops.gla
+    import fla.ops.kda.chunk_intra
+
+    # On a GPU a product of three bf16 parts; the interpreter knows no such precision.
+    fla.ops.kda.chunk_intra.SAFE_GATE_DOT_PRECISION = tl.constexpr("ieee")
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.") and getattr(module, "tl", None) is tl:
             module.range = _range  # type: ignore[attr-defined]
+            if hasattr(module, "gather"):
+                module.gather = _gather  # type: ignore[attr-defined]
+
+
+def _gather(src: Any, index: Any, axis: int) -> Any:
+    import triton.language as tl
+
+    return tl.gather(src, index, axis)
 
 
 def _range(*bounds: Any) -> Iterator[Any]:

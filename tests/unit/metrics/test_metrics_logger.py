@@ -30,6 +30,7 @@ def record(step: int, loss: float | None = None) -> TrainingRecord:
         memory_gib=2.0,
         data_wait_fraction=0.01,
         skipped_steps=0,
+        extra={"grad_norm/core": step / 16, "residual_rms/loop_2": 2.0},
     )
 
 
@@ -38,7 +39,8 @@ def run(config: MetricsConfig, folder: Path, first: int, last: int, resume_step:
         for step in range(first, last + 1):
             logger.log(record(step))
             if step % 2 == 0:
-                logger.log(ValidationRecord(step=step, validation_loss=step / 8, bits_per_byte=step / 16))
+                extra = {"exit_loss/loop_1": step / 4}
+                logger.log(ValidationRecord(step=step, validation_loss=step / 8, bits_per_byte=step / 16, extra=extra))
 
 
 def test_steps_that_are_logged(tmp_path: Path) -> None:
@@ -58,7 +60,11 @@ def test_records_reach_file_and_console(tmp_path: Path, capsys: pytest.CaptureFi
     run(MetricsConfig(), tmp_path, 1, 3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "loss" in line) for line in lines] == [(1, True), (2, True), (2, False), (3, True)]
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/3", "2/3", "2/3", "3/3"]
+    assert [line.get("residual_rms/loop_2") for line in lines] == [2.0, 2.0, None, 2.0]
+    assert lines[2]["exit_loss/loop_1"] == 2 / 4
+    console = capsys.readouterr().out
+    assert [line.split()[1] for line in console.splitlines()] == ["1/3", "2/3", "2/3", "3/3"]
+    assert "loop" not in console and "core" not in console
 
 
 def read_scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -76,6 +82,11 @@ def test_tensorboard_continues_after_a_resume(tmp_path: Path) -> None:
     assert scalars == [(step, pytest.approx(1 / step)) for step in range(1, 13)]
     bits = read_scalars(tmp_path / "logs/tb", "validation/bits_per_byte")
     assert bits == [(step, step / 16) for step in (2, 4, 6, 8, 10, 12)]
+    # The members of a family share a group, whatever record they come with.
+    core = read_scalars(tmp_path / "logs/tb", "grad_norm/core")
+    assert core == [(step, step / 16) for step in range(1, 13)]
+    exits = read_scalars(tmp_path / "logs/tb", "exit_loss/loop_1")
+    assert exits == [(step, step / 4) for step in (2, 4, 6, 8, 10, 12)]
 
 
 def test_tensorboard_fresh_start_supersedes_everything(tmp_path: Path) -> None:
@@ -161,6 +172,7 @@ def test_wandb_offline_resumes_the_same_run(
     assert {step: values["train/loss"] for step, values in first.items()} == {s: 1 / s for s in range(1, 6)}
     assert {step: values["train/loss"] for step, values in second.items()} == {5: 1 / 5, 6: 1 / 6}
     assert second[6]["validation/bits_per_byte"] == 6 / 16  # shares the step with the training record
+    assert second[6]["grad_norm/core"] == 6 / 16 and second[6]["exit_loss/loop_1"] == 6 / 4
 
 
 def test_wandb_fresh_start_is_a_new_run(tmp_path: Path, no_wandb_login: None, monkeypatch: pytest.MonkeyPatch) -> None:

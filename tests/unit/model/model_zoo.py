@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig, WindowConfig
+from lt2titan.model.mixers.config import (
+    DeltaNetConfig,
+    FullConfig,
+    GDNConfig,
+    GLAConfig,
+    HGRN2Config,
+    KDAConfig,
+    Mamba2Config,
+    MixersConfig,
+    RetNetConfig,
+    RWKV7Config,
+    WindowConfig,
+)
 
 MIXERS = MixersConfig(
     full=FullConfig(n_heads=4, n_kv_heads=2, output_gate=True),
     window=WindowConfig(n_heads=4, window=5),
+    retnet=RetNetConfig(n_heads=2, expand_k=1.5, expand_v=1.25),
+    mamba2=Mamba2Config(n_heads=4, n_groups=2, state_size=6),
+    gla=GLAConfig(n_heads=2, expand_k=0.75, decay_rank=3),
+    hgrn2=HGRN2Config(n_heads=2),
+    deltanet=DeltaNetConfig(n_heads=2, expand_v=1.25, allow_neg_eigval=True),
     gdn=GDNConfig(n_heads=2, n_v_heads=4, allow_neg_eigval=True),
+    kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5, allow_neg_eigval=True),
+    rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
 )
 
 
@@ -33,6 +54,23 @@ def small(mixer: str, rare: str = "", **changes: object) -> ModelConfig:
 ZOO = {
     "full": small("full"),
     "window": small("window"),
+    "retnet": small("retnet"),
+    "retnet+full": small("retnet", "full"),
+    "mamba2": small("mamba2"),
+    "mamba2+full": small("mamba2", "full"),
+    "gla": small("gla"),
+    "gla+full": small("gla", "full"),
+    "hgrn2": small("hgrn2"),
+    "hgrn2+full": small("hgrn2", "full"),
+    "deltanet": small("deltanet"),
+    "deltanet+full": small("deltanet", "full"),
+    "kda": small("kda"),
+    "kda+full": small("kda", "full"),
+    "kda, bounded gate": small("kda", mixers=replace(MIXERS, kda=KDAConfig(n_heads=2, bounded_gate=True))),
+    "rwkv7": small("rwkv7"),
+    "rwkv7+full bookend": small(
+        "rwkv7", "full", n_layers=4, hybrid=HybridConfig(mixer="full", ratio=1, placement="bookend")
+    ),
     "gdn": small("gdn"),
     "gdn+full": small("gdn", "full"),
     "full+gdn bookend": small("full", "gdn", hybrid=HybridConfig(mixer="gdn", ratio=1, placement="bookend")),
@@ -50,6 +88,7 @@ def build(config: ModelConfig, seed: int = 0) -> LT2:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "core.rho" or "norm" in name or name.endswith("gate_proj.weight"):
+            neutral = name.endswith(("gate_proj.weight", "gate_bias", "a_bias", "lora.down_proj.weight"))
+            if name == "core.rho" or "norm" in name or neutral:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.double()

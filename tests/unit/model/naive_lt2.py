@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import numpy as np
 from naive_attention import softmax_attention
+from naive_deltanet import deltanet
 from naive_gdn import gdn
+from naive_gla import gla, hgrn2
+from naive_kda import kda
+from naive_mamba2 import mamba2
 from naive_math import Array, rms_norm, silu
+from naive_retnet import retnet
+from naive_rwkv7 import rwkv7
 
 from lt2titan.model.config import ModelConfig
 
-LINEAR = {"gdn": gdn}
+LINEAR = {
+    "retnet": retnet,
+    "mamba2": mamba2,
+    "gla": gla,
+    "hgrn2": hgrn2,
+    "deltanet": deltanet,
+    "gdn": gdn,
+    "kda": kda,
+    "rwkv7": rwkv7,
+}
 """(the mixer's parameters, inputs, config, what layers of one loop share) -> outputs, for the linear mixers."""
 
 

@@ -20,10 +20,10 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def rotate(x: Array, position: int, theta: float) -> Array:
-    """Turn each pair (i, i + D/2) as a complex number."""
+    """Turn each pair (i, i + D/2) as a complex number, cosines and sines rounded to fp32 as the tables are."""
     half = len(x) // 2
     angle = position * theta ** (-np.arange(half) / half)
-    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * angle).astype(np.complex64).astype(np.complex128)
     return np.concatenate([turned.real, turned.imag])
 
 

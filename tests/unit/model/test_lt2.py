@@ -12,7 +12,6 @@ from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.context import rotary_tables
 from lt2titan.model.head import CHUNK, IGNORE_INDEX, loss_sum
 from lt2titan.model.init import build_on_meta, materialise
-from lt2titan.model.state import allocate
 
 kinds = pytest.mark.parametrize("kind", ZOO)
 
@@ -56,25 +55,6 @@ def test_packed_documents_give_the_logits_of_each_alone(kind: str) -> None:
         if end > start:
             alone = model(tokens.reshape(1, -1)[:, start:end])[0]
             torch.testing.assert_close(packed[start:end], alone, atol=1e-10, rtol=0)
-
-
-@kinds
-@pytest.mark.parametrize("splits", [[23], [1] * 23, [9, 1, 1, 5, 1, 6], [2, 21]])
-def test_prefill_and_decode_equal_the_full_forward(kind: str, splits: list[int]) -> None:
-    model = build(ZOO[kind])
-    tokens = torch.randint(0, 19, (2, 23), generator=torch.Generator().manual_seed(4))
-    expected = model(tokens)
-    state = allocate(model, 2, 23, torch.float64, "cpu")
-    with torch.no_grad():
-        pieces = [model(piece, state=state) for piece in tokens.split(splits, dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-9, rtol=0)
-
-
-def test_a_full_decode_state_says_so() -> None:
-    model = build(ZOO["gdn+full"])
-    state = allocate(model, 1, 4, torch.float64, "cpu")
-    with pytest.raises(ValueError, match="allocated for 4 tokens and cannot hold 5"):
-        model(torch.zeros(1, 5, dtype=torch.long), state=state)
 
 
 def test_window_layers_see_exactly_as_far_as_loops_and_layers_reach() -> None:

@@ -14,7 +14,7 @@ from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.flops import count_parameters, training_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.model.mixers.config import FullConfig, GDNConfig, KDAConfig, Mamba2Config, MixersConfig, RetNetConfig
 
 TRAIN_CONFIGS = Path(__file__).resolve().parents[3] / "train_configs"
 
@@ -36,6 +36,14 @@ def test_smaller_model_has_the_published_block_sizes() -> None:
     assert sorted(set(count.blocks)) == [12_847_104, 14_989_440]
     assert count.embedding == count.head == 131_334_144
     assert round(count.total / 1e6) == 569
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("pure_retnet_0.6b", 621), ("pure_retnet_1.3b", 1626), ("pure_mamba2_0.6b", 580), ("pure_mamba2_1.3b", 1465)],
+)
+def test_pure_stacks_have_the_sizes_of_the_reference_code(name: str, millions: int) -> None:
+    assert round(count_parameters(recipe(f"ablations/{name}.toml")).total / 1e6) == millions
 
 
 def test_swiglu_widths() -> None:
@@ -70,12 +78,40 @@ def test_placements(placement: str, ratio: int, rare: list[int]) -> None:
             r"mixers\.gdn\.n_heads = 5.*\[1, 2, 3, 4, 6",
         ),
         (
+            ModelConfig(dim=64, mixer="kda", mixers=MixersConfig(kda=KDAConfig(n_heads=5))),
+            r"mixers\.kda\.n_heads = 5: does not divide dim 64; these do: \[1, 2, 4, 8, 16, 32, 64\]",
+        ),
+        (
+            ModelConfig(dim=64, mixer="kda", mixers=MixersConfig(kda=KDAConfig(lower_bound=-6.0))),
+            r"mixers\.kda\.lower_bound = -6\.0: must lie in \[-5, 0\)",
+        ),
+        (
+            ModelConfig(dim=96, mixer="rwkv7"),
+            r"mixers\.rwkv7\.head_dim = 64: does not divide dim 96; these do: \[1, 2, 3, 4, 6",
+        ),
+        (
             ModelConfig(mixer="full", mixers=MixersConfig(full=FullConfig(n_heads=128))),
             r"full\.n_heads = 128",
         ),
         (
             ModelConfig(mixer="full", mixers=MixersConfig(full=FullConfig(n_kv_heads=3))),
             r"n_kv_heads = 3.*\[1, 2, 4, 8, 16\]",
+        ),
+        (
+            ModelConfig(mixer="retnet", mixers=MixersConfig(retnet=RetNetConfig(n_heads=128))),
+            r"mixers\.retnet\.n_heads = 128.*odd head widths.*: \[1, 2, 4, 8, 16, 32, 64\]",
+        ),
+        (
+            ModelConfig(mixer="retnet", mixers=MixersConfig(retnet=RetNetConfig(n_heads=3))),
+            r"retnet\.n_heads = 3: does not divide the width 256 of expand_v",
+        ),
+        (
+            ModelConfig(mixer="mamba2", mixers=MixersConfig(mamba2=Mamba2Config(n_groups=3))),
+            r"mamba2\.n_groups = 3: does not divide n_heads 16; these do: \[1, 2, 4, 8, 16\]",
+        ),
+        (
+            ModelConfig(mixer="mamba2", mixers=MixersConfig(mamba2=Mamba2Config(n_heads=3))),
+            r"mamba2\.n_heads = 3: does not divide the width 256 of expand",
         ),
         (ModelConfig(mixer="gdm"), "mixer = 'gdm'"),
         (ModelConfig(hybrid=HybridConfig(mixer="gdn")), "is also hybrid.mixer"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lt2titan.config.section import ConfigError, require
-from lt2titan.model.mixers.config.sizes import divisors
+from lt2titan.config.section import require
+from lt2titan.model.mixers.config.sizes import check_expansion
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,16 +33,7 @@ class GDNConfig:
             "n_v_heads",
             f"must be 0 or a multiple of n_heads {self.n_heads}",
         )
-        for name, n_heads in (("expand_k", self.n_heads), ("expand_v", self.n_v_heads or self.n_heads)):
-            width = getattr(self, name) * dim
-            require(
-                width > 0 and width == int(width),
-                self,
-                name,
-                f"times dim {dim} is {width}, not a whole width",
-            )
-            if int(width) % n_heads:
-                heads_field = "n_heads" if name == "expand_k" or not self.n_v_heads else "n_v_heads"
-                reason = f"does not divide the width {int(width)} of {name}; these do: {divisors(int(width))}"
-                raise ConfigError(heads_field, n_heads, reason)
+        check_expansion(self, "expand_k", dim, self.n_heads)
+        heads_field = "n_v_heads" if self.n_v_heads else "n_heads"
+        check_expansion(self, "expand_v", dim, getattr(self, heads_field), heads_field)
         require(self.conv_size >= 2, self, "conv_size", "must be at least 2 taps")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lt2titan.config.section import require
+from lt2titan.config.section import ConfigError, require
 
 
 def divisors(number: int) -> list[int]:
@@ -27,3 +27,12 @@ def check_heads(section: object, dim: int) -> None:
         "n_kv_heads",
         f"does not divide n_heads {n_heads}; these do: {divisors(n_heads)}",
     )
+
+
+def check_expansion(section: object, field: str, dim: int, n_heads: int, heads_field: str = "n_heads") -> None:
+    """``field`` of the section times dim must be a whole width that ``n_heads`` heads split evenly."""
+    width = getattr(section, field) * dim
+    require(width > 0 and width == int(width), section, field, f"times dim {dim} is {width}, not a whole width")
+    if int(width) % n_heads:
+        reason = f"does not divide the width {int(width)} of {field}; these do: {divisors(int(width))}"
+        raise ConfigError(heads_field, n_heads, reason)

@@ -1,0 +1,62 @@
+"""HGRN2: a gated linear RNN with expanded states."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lt2titan.kernels.gla import gla
+from lt2titan.model.context import Carry, Context
+from lt2titan.model.layers import Linear
+from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
+from lt2titan.model.mixers.config import HGRN2Config
+from lt2titan.model.mixers.pieces import gla_flops
+
+
+class HGRN2(Mixer):
+    """S <- Diag(a) S + (1 - a) i^T, read by q; a = sigmoid(W_f x) per channel (arXiv 2404.07904).
+
+    q = silu(W_q x) and i = W_i x; the heads' outputs, scaled by head width^-0.5, are RMS-normed together over dim. As
+    in LT2 there is no lower bound on a, no convolution and no output gate.
+    """
+
+    def __init__(self, config: HGRN2Config, common: Common) -> None:
+        super().__init__()
+        dim = common.dim
+        self.n_heads, self.head_dim = config.n_heads, dim // config.n_heads
+        self.norm_eps, self.backend = common.norm_eps, common.backend
+        self.q_proj = Linear(dim, dim, init_std=dim**-0.5)
+        self.f_proj = Linear(dim, dim, init_std=dim**-0.5)
+        self.i_proj = Linear(dim, dim, init_std=dim**-0.5)
+        self.o_proj = Linear(dim, dim, init_std=dim**-0.5)
+        self.o_norm = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
+        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
+        f = self.f_proj(x).to(torch.promote_types(x.dtype, torch.float32))
+        k = torch.sigmoid(-f).to(x.dtype)  # 1 - sigmoid(f) without its cancellation
+        y, final_state = gla(
+            F.silu(self.q_proj(x)).unflatten(-1, (self.n_heads, -1)),
+            k.unflatten(-1, (self.n_heads, -1)),
+            self.i_proj(x).unflatten(-1, (self.n_heads, -1)),
+            F.logsigmoid(f).unflatten(-1, (self.n_heads, -1)),
+            initial_state=None if state is None else state["recurrent"],
+            cu_seqlens=context.cu_seqlens,
+            chunk_indices=context.chunk_indices,
+            return_final_state=state is not None,
+            backend=self.backend,
+        )
+        if state is not None and final_state is not None:
+            state["recurrent"].copy_(final_state)
+        y = F.rms_norm(y.flatten(-2), self.o_norm.shape, self.o_norm, self.norm_eps)
+        return self.o_proj(y), carry
+
+    def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
+        return {"recurrent": StateSpec((batch_size, self.n_heads, self.head_dim, self.head_dim), torch.float32)}
+
+    def recurrence_flops(self) -> float:
+        return self.n_heads * gla_flops(self.head_dim, self.head_dim)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(1.0)  # o_norm

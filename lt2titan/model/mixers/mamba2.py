@@ -1,0 +1,103 @@
+"""Mamba-2."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lt2titan.kernels.simple_gla import simple_gla
+from lt2titan.model.context import Carry, Context
+from lt2titan.model.layers import Linear
+from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
+from lt2titan.model.mixers.config import Mamba2Config
+from lt2titan.model.mixers.pieces import convolution_spec, convolve, init_A_log, init_convolution, init_dt_bias
+
+CHUNK = 64
+"""Tokens per chunk that FLOPs are counted for."""
+
+
+class Mamba2(Mixer):
+    """S <- a S + B (dt x)^T, y = S^T C + D x, with dt and so the decay a depending on the token (arXiv 2405.21060).
+
+    x, B and C pass a short causal convolution with SiLU; dt = softplus(W_dt u + dt_bias) and log a = -exp(A_log) dt
+    for the layer's input u; the output is gated by SiLU(W_gate u) and then RMS-normed, per group of heads.
+    """
+
+    def __init__(self, config: Mamba2Config, common: Common) -> None:
+        super().__init__()
+        dim = common.dim
+        self.n_heads, self.n_groups, self.state_size = config.n_heads, config.n_groups, config.state_size
+        inner_dim, group_dim = int(config.expand * dim), self.n_groups * self.state_size
+        self.head_dim = inner_dim // self.n_heads
+        self.norm_eps, self.backend, self.conv_size = common.norm_eps, common.backend, config.conv_size
+        self.x_proj = Linear(dim, inner_dim, init_std=dim**-0.5)
+        self.b_proj = Linear(dim, group_dim, init_std=dim**-0.5)
+        self.c_proj = Linear(dim, group_dim, init_std=dim**-0.5)
+        self.dt_proj = Linear(dim, self.n_heads, init_std=dim**-0.5)
+        self.gate_proj = Linear(dim, inner_dim, init_std=dim**-0.5)
+        self.o_proj = Linear(inner_dim, dim, init_std=dim**-0.5)
+        self.x_conv = nn.Parameter(torch.empty(inner_dim, config.conv_size))
+        self.b_conv = nn.Parameter(torch.empty(group_dim, config.conv_size))
+        self.c_conv = nn.Parameter(torch.empty(group_dim, config.conv_size))
+        self.x_conv_bias = nn.Parameter(torch.empty(inner_dim))
+        self.b_conv_bias = nn.Parameter(torch.empty(group_dim))
+        self.c_conv_bias = nn.Parameter(torch.empty(group_dim))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.empty(self.n_heads))
+        self.o_norm = nn.Parameter(torch.empty(inner_dim))
+
+    def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
+        values = self._convolve("x", self.x_proj(x), context, state).unflatten(-1, (self.n_heads, -1))
+        k = self._convolve("b", self.b_proj(x), context, state).unflatten(-1, (self.n_groups, -1))
+        q = self._convolve("c", self.c_proj(x), context, state).unflatten(-1, (self.n_groups, -1))
+        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
+        dt = self.dt_proj(x)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))  # (B, L, H)
+        y, final_state = simple_gla(
+            q,
+            k,
+            (values * dt.unsqueeze(-1)).to(values.dtype),
+            -self.A_log.to(precise).exp() * dt,
+            scale=1.0,
+            initial_state=None if state is None else state["recurrent"],
+            cu_seqlens=context.cu_seqlens,
+            chunk_indices=context.chunk_indices,
+            return_final_state=state is not None,
+            backend=self.backend,
+        )
+        if state is not None and final_state is not None:
+            state["recurrent"].copy_(final_state)
+        y = y + self.D.to(y.dtype).unsqueeze(-1) * values
+        y = y.flatten(-2) * F.silu(self.gate_proj(x))
+        y = F.rms_norm(y.unflatten(-1, (self.n_groups, -1)), (y.shape[-1] // self.n_groups,), eps=self.norm_eps)
+        return self.o_proj(y.flatten(-2) * self.o_norm), carry
+
+    def _convolve(self, name: str, x: Tensor, context: Context, state: State | None) -> Tensor:
+        weight, bias = getattr(self, f"{name}_conv"), getattr(self, f"{name}_conv_bias")
+        return convolve(x, weight, context, state, f"{name}_conv", self.backend, bias)
+
+    def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
+        recurrent = (batch_size, self.n_heads, self.state_size, self.head_dim)
+        spec = {"recurrent": StateSpec(recurrent, torch.float32)}
+        for name in ("x", "b", "c"):
+            spec[f"{name}_conv"] = convolution_spec(getattr(self, f"{name}_conv"), batch_size)
+        return spec
+
+    def recurrence_flops(self) -> float:
+        """Per head and token of a chunk of C: q k^T (2CK), the scores' product with v (2CV), and two products with
+        the state (2KV each)."""
+        k, v = self.state_size, self.head_dim
+        return self.n_heads * (2 * CHUNK * k + 2 * CHUNK * v + 4 * k * v)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        if name in ("D", "o_norm"):
+            tensor.fill_(1.0)
+        elif name == "A_log":
+            init_A_log(tensor, 0.0, generator)
+        elif name == "dt_bias":
+            init_dt_bias(tensor, generator)
+        else:
+            init_convolution(tensor, self.conv_size, generator)

@@ -1,0 +1,105 @@
+"""What several linear mixers share: short convolutions with their taps, L2 norms, initial values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lt2titan.kernels.short_convolution import short_convolution
+from lt2titan.model.context import Context
+from lt2titan.model.mixers.base import State, StateSpec
+
+CHUNK = 64
+"""Tokens per chunk that FLOPs of recurrences are counted for."""
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    context: Context,
+    state: State | None,
+    name: str,
+    backend: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """silu(weight (D, W) * x (B, L, D) + bias (D,)), a causal depthwise convolution within each document.
+
+    The last W - 1 inputs are read from and written to ``state[name]`` (B, D, W - 1); see `convolution_spec`.
+    """
+    taps = None if state is None else state[name]
+    y, final_taps = short_convolution(
+        x,
+        weight,
+        bias=bias,
+        initial_state=taps,
+        cu_seqlens=context.cu_seqlens,
+        chunk_indices=context.chunk_indices,
+        activation="silu",
+        return_final_state=state is not None,
+        backend=backend,
+    )
+    if taps is not None and final_taps is not None:
+        taps.copy_(final_taps)
+    return y
+
+
+def convolution_spec(weight: Tensor, batch_size: int) -> StateSpec:
+    """The decode state of `convolve`."""
+    n_channels, n_taps = weight.shape
+    return StateSpec((batch_size, n_channels, n_taps - 1))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, 1e-6 under the root keeping a zero vector zero.
+
+    Written as an RMS norm, which torch has as one kernel that computes in fp32 and keeps no fp32 copy of x.
+    """
+    width = x.shape[-1]
+    return F.rms_norm(x, (width,), eps=1e-6 / width) * width**-0.5
+
+
+def rate_log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """-exp(A_log) softplus(a + dt_bias), the logarithm of a decay; at least in fp32, whatever the dtype of a.
+
+    Decays multiply over thousands of tokens, which no bf16 survives.
+    """
+    precise = torch.promote_types(a.dtype, torch.float32)
+    return -A_log.to(precise).exp() * F.softplus(a.to(precise) + dt_bias.to(precise))
+
+
+def sigmoid_beta(b: Tensor, maximum: float) -> Tensor:
+    """maximum * sigmoid(b), at least in fp32: the writing strength of a delta rule."""
+    return maximum * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+
+
+def gla_flops(k: int, v: int) -> float:
+    """Forward FLOPs per head and token of S <- Diag(a) S + k v^T in chunks of C, key and value heads k and v wide:
+    q k^T (2Ck), the scores' product with v (2Cv), and two products with the state (2kv each)."""
+    return 2 * CHUNK * (k + v) + 4 * k * v
+
+
+def delta_rule_flops(k: int, v: int) -> float:
+    """Forward FLOPs per head and token of a delta rule in chunks of C, key and value heads k and v wide:
+    q k^T, k k^T, and the inverse's products with k (2Ck each) and v (2Cv), the scores' product with v (2Cv), and
+    three products with the state (2kv each)."""
+    return 6 * CHUNK * k + 4 * CHUNK * v + 6 * k * v
+
+
+def init_convolution(tensor: Tensor, n_taps: int, generator: torch.Generator) -> None:
+    """Weights (D, W) or a bias (D,) of a depthwise convolution with W = ``n_taps``, as torch's Conv1d starts."""
+    bound = n_taps**-0.5
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def init_A_log(tensor: Tensor, low: float, generator: torch.Generator) -> None:
+    """log U(low, 16)."""
+    tensor.uniform_(low, 16.0, generator=generator).clamp_(min=1e-6).log_()
+
+
+def init_dt_bias(tensor: Tensor, generator: torch.Generator) -> None:
+    """The inverse softplus of a log-uniform draw from [1e-3, 1e-1], floored at 1e-4."""
+    dt = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
+    dt.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -1,0 +1,84 @@
+"""Retention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lt2titan.kernels.gated_rms_norm import gated_rms_norm
+from lt2titan.kernels.simple_gla import simple_gla
+from lt2titan.model.context import Carry, Context, apply_rotary
+from lt2titan.model.layers import Linear
+from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
+from lt2titan.model.mixers.config import RetNetConfig
+
+CHUNK = 64
+"""Tokens per chunk that FLOPs are counted for."""
+
+
+class RetNet(Mixer):
+    """S <- gamma_h S + k v^T, read by q / sqrt(K), with a constant gamma_h = 1 - 2^(-5-h) per head (arXiv 2307.08621).
+
+    q and k turn with their positions (RoPE, for the paper's xPos); the output is RMS-normed per head and gated by SiLU.
+    """
+
+    def __init__(self, config: RetNetConfig, common: Common) -> None:
+        super().__init__()
+        dim = common.dim
+        self.n_heads = config.n_heads
+        key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
+        self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_heads
+        self.rotary_dim = self.head_k_dim
+        self.norm_eps, self.backend = common.norm_eps, common.backend
+        self.q_proj = Linear(dim, key_dim, init_std=dim**-0.5)
+        self.k_proj = Linear(dim, key_dim, init_std=dim**-0.5)
+        self.v_proj = Linear(dim, value_dim, init_std=dim**-0.5)
+        self.gate_proj = Linear(dim, value_dim, init_std=dim**-0.5)
+        self.o_proj = Linear(value_dim, dim, init_std=dim**-0.5)
+        self.o_norm = nn.Parameter(torch.empty(self.head_v_dim))
+
+    def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
+        tables = context.rotary[self.head_k_dim]
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.n_heads, -1)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.n_heads, -1)), tables)
+        v = self.v_proj(x).unflatten(-1, (self.n_heads, -1))
+        log_decay = log_decays(self.n_heads, x.device).to(torch.promote_types(x.dtype, torch.float32))
+        y, final_state = simple_gla(
+            q,
+            k,
+            v,
+            log_decay.expand(v.shape[:3]),
+            initial_state=None if state is None else state["recurrent"],
+            cu_seqlens=context.cu_seqlens,
+            chunk_indices=context.chunk_indices,
+            return_final_state=state is not None,
+            backend=self.backend,
+        )
+        if state is not None and final_state is not None:
+            state["recurrent"].copy_(final_state)
+        gate = self.gate_proj(x).unflatten(-1, (self.n_heads, -1))
+        y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="silu", backend=self.backend)
+        return self.o_proj(y.flatten(-2)), carry
+
+    def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
+        recurrent = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
+        return {"recurrent": StateSpec(recurrent, torch.float32)}
+
+    def recurrence_flops(self) -> float:
+        """Per head and token of a chunk of C: q k^T (2CK), the scores' product with v (2CV), and two products with
+        the state (2KV each)."""
+        k, v = self.head_k_dim, self.head_v_dim
+        return self.n_heads * (2 * CHUNK * k + 2 * CHUNK * v + 4 * k * v)
+
+    def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(1.0)  # o_norm
+
+
+def log_decays(n_heads: int, device: torch.device) -> Tensor:
+    """(H,) fp64: log(1 - 2^(-5-h)) of every head h of the layer.
+
+    Computed where it is used rather than kept as a buffer, which would hold no value after `to_empty`. The index is
+    the head's place in the whole layer: a part of the heads takes its part of this tensor.
+    """
+    heads = torch.arange(n_heads, dtype=torch.float64, device=device)
+    return torch.log1p(-torch.exp2(-5 - heads))  # log1p: the last heads' decays round to 1 in bf16

@@ -1,0 +1,155 @@
+"""Mixers against the layers of flash-linear-attention, whose kernels run in Triton's interpreter:
+
+    TRITON_INTERPRET=1 pytest tests/unit/kernels/test_fla_layers.py
+
+Outputs, the gradients of all parameters, and cached decoding, on the same parameters. As in test_fla_interpreter.py the
+variable must be set before anything imports triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("set TRITON_INTERPRET=1 to run fla's kernels on the CPU", allow_module_level=True)
+if _missing := [name for name in ("triton", "fla", "einops", "transformers") if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"not installed: {_missing}", allow_module_level=True)
+
+import triton_interpreter
+
+from lt2titan.model.context import Context, rotary_tables
+from lt2titan.model.mixers.base import Common, Mixer
+from lt2titan.model.mixers.config import DeltaNetConfig, GDNConfig, GLAConfig, HGRN2Config, RetNetConfig
+from lt2titan.model.mixers.deltanet import DeltaNet
+from lt2titan.model.mixers.gdn import GDN
+from lt2titan.model.mixers.gla import GLA
+from lt2titan.model.mixers.hgrn2 import HGRN2
+from lt2titan.model.mixers.retnet import RetNet
+
+triton_interpreter.install()
+
+DIM, EPS = 32, 1e-5
+COMMON = Common(DIM, EPS, is_first=True, backend="reference")
+LENGTH = {"retnet": 70, "gla": 70, "hgrn2": 70, "deltanet": 60, "gdn": 70}
+"""Above 64 tokens fla's layers run chunk by chunk, below token by token. Its delta rule in chunks refuses fp32."""
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+class Pair(NamedTuple):
+    """Our mixer, the name and arguments of fla's layer, and its parameters' names where they differ from ours."""
+
+    own: Mixer
+    layer: str
+    arguments: dict[str, Any]
+    names: dict[str, str]
+
+
+CONVOLUTIONS = {f"{n}_conv": f"{n}_conv1d.weight" for n in "qkv"}
+
+
+def pair(name: str) -> Pair:
+    if name == "retnet":
+        return Pair(
+            RetNet(RetNetConfig(n_heads=2), COMMON),
+            "MultiScaleRetention",
+            {"num_heads": 2},
+            {"gate_proj.weight": "g_proj.weight", "o_norm": "g_norm_swish_gate.weight"},
+        )
+    if name == "gla":
+        return Pair(
+            GLA(GLAConfig(n_heads=2), COMMON),
+            "GatedLinearAttention",
+            {"num_heads": 2},
+            {
+                "a_down_proj.weight": "gk_proj.0.weight",
+                "a_up_proj.weight": "gk_proj.1.weight",
+                "a_bias": "gk_proj.1.bias",
+                "gate_proj.weight": "g_proj.weight",
+                "o_norm": "g_norm_swish_gate.weight",
+            },
+        )
+    if name == "hgrn2":
+        return Pair(
+            HGRN2(HGRN2Config(n_heads=2), COMMON),
+            "HGRN2Attention",
+            {"expand_ratio": DIM // 2},
+            {"o_norm": "g_norm.weight"},
+        )
+    if name == "deltanet":
+        return Pair(
+            DeltaNet(DeltaNetConfig(n_heads=2, allow_neg_eigval=True), COMMON),
+            "DeltaNet",
+            {"num_heads": 2, "allow_neg_eigval": True},
+            {**CONVOLUTIONS, "o_norm": "o_norm.weight"},
+        )
+    return Pair(
+        GDN(GDNConfig(n_heads=2, expand_k=0.75, expand_v=1.5), COMMON),
+        "GatedDeltaNet",
+        {"num_heads": 2, "head_dim": 12, "expand_v": 2.0},
+        {**CONVOLUTIONS, "gate_proj.weight": "g_proj.weight", "o_norm": "o_norm.weight"},
+    )
+
+
+def build(name: str) -> tuple[Mixer, nn.Module, dict[str, str]]:
+    """Ours and theirs with the same parameters, and their names for all of them."""
+    import fla.layers
+
+    own, layer, arguments, names = pair(name)
+    theirs = getattr(fla.layers, layer)(hidden_size=DIM, norm_eps=EPS, layer_idx=0, **arguments)
+    generator = torch.Generator().manual_seed(0)
+    names = {name: names.get(name, name) for name, _ in own.named_parameters()}
+    expected = dict(theirs.named_parameters())
+    assert sorted(names.values()) == sorted(expected)
+    with torch.no_grad():
+        for ours, parameter in own.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.2 if "proj" in ours else 0.5))
+            expected[names[ours]].copy_(parameter.view_as(expected[names[ours]]))
+    return own, theirs, names
+
+
+def context(x: Tensor, own: Mixer, start: int = 0) -> Context:
+    """Of tokens x (B, L, dim) at positions ``start``, start + 1, ..."""
+    positions = (start + torch.arange(x.shape[1])).expand(x.shape[0], -1)
+    width = own.rotary_dim
+    return Context(positions, {width: rotary_tables(positions, width, 1e4)} if width else {})
+
+
+@pytest.mark.parametrize("name", LENGTH)
+def test_outputs_and_gradients_match(name: str) -> None:
+    own, theirs, names = build(name)
+    theirs.train()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, LENGTH[name], DIM, generator=generator, requires_grad=True)
+    weights = torch.randn(1, LENGTH[name], DIM, generator=generator)
+    y, _ = own(x, context(x, own), {})
+    expected = theirs(x)[0]
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    dx, *grads = torch.autograd.grad((y * weights).sum(), [x, *own.parameters()])
+    expected_parameters = [theirs.get_parameter(theirs_name) for theirs_name in names.values()]
+    expected_dx, *expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *expected_parameters])
+    torch.testing.assert_close(dx, expected_dx, **TOLERANCE)
+    for ours, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+        assert (grad.flatten() - expected_grad.flatten()).norm() / expected_grad.norm() < 2e-5, ours
+
+
+@pytest.mark.parametrize("name", LENGTH)
+def test_cached_decoding_matches(name: str) -> None:
+    from fla.models.utils import Cache
+
+    own, theirs, _ = build(name)
+    theirs.eval()
+    x = torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(3))
+    state = {name: torch.zeros(spec.shape) for name, spec in own.state_spec(2, 9, None).items()}
+    cache = Cache()
+    with torch.no_grad():
+        for start, piece in zip([0, 6, 7, 8], x.split([6, 1, 1, 1], dim=1), strict=True):
+            y, _ = own(piece, context(piece, own, start), {}, state)
+            expected, _, cache = theirs(piece, past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(y, expected, **TOLERANCE)
