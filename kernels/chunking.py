@@ -125,3 +125,12 @@ def first_state(initial_state: Tensor | None, n_sequences: int, k: Tensor, v: Te
 def causal(size: int, device: torch.device, *, strict: bool = False) -> Tensor:
     """(C, C) booleans: token t (row) may see token i (column), i <= t, or i < t if strict."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril(-1 if strict else 0)
+
+
+def decay_ratios(total: Tensor) -> Tensor:
+    """exp(G_t - G_i) for i <= t and 0 elsewhere, (..., C, C, K), from the running sums G (..., C, K) of log-decays.
+
+    A difference of two sums is never positive, whatever their size: nothing overflows.
+    """
+    later = ~causal(total.shape[-2], total.device).unsqueeze(-1)
+    return (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(later, -torch.inf).exp()

@@ -29,7 +29,6 @@ from rich.table import Table
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import ConfigFileError, load_config
 from lt2titan.kernels.backend import backend_versions, resolve_backend
-from lt2titan.metrics.hardware import peak_memory_gib
 from lt2titan.metrics.logging import init_logging
 from lt2titan.metrics.metrics_logger import METRICS_FILE
 from lt2titan.model.config import ModelConfig
@@ -86,9 +85,7 @@ def configuration(mixer: str, arguments: Arguments, folder: str) -> JobConfig:
 
 
 def train(config: JobConfig, device: torch.device) -> dict[str, float]:
-    """Median tokens/s after the third step, peak memory, and the losses at both ends."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Median tokens/s after the third step, the last step's MFU, peak memory, and the losses at both ends."""
     with Trainer(config, device) as trainer:
         trainer.train()
     lines = (Path(config.job.dump_folder) / METRICS_FILE).read_text().splitlines()
@@ -96,7 +93,7 @@ def train(config: JobConfig, device: torch.device) -> dict[str, float]:
     return {
         "tokens_per_second": median(record["tokens_per_second"] for record in records[3:]),
         "mfu": records[-1]["mfu"],
-        "peak_memory_gib": peak_memory_gib(device),
+        "peak_memory_gib": max(record["memory_gib"] for record in records),
         "first_loss": records[0]["loss"],
         "last_loss": records[-1]["loss"],
     }

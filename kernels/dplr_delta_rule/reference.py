@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, causal, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 16  # the decay ratios of a chunk are C x C x K numbers
@@ -106,12 +106,3 @@ def chunked_dplr_delta_rule(
 
     o = (q * from_start) @ starts + qb @ (u0 + w @ starts) + qk @ v
     return layout.to_tokens(o).to(out_dtype), final
-
-
-def decay_ratios(total: Tensor) -> Tensor:
-    """exp(G_t - G_i) for i <= t and 0 elsewhere, (..., C, C, K), from the running sums G (..., C, K) of log-decays.
-
-    A difference of two sums is never positive, whatever their size: nothing overflows.
-    """
-    later = ~causal(total.shape[-2], total.device).unsqueeze(-1)
-    return (total.unsqueeze(-2) - total.unsqueeze(-3)).masked_fill(later, -torch.inf).exp()

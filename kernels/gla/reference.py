@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, each_document, first_state
-from lt2titan.kernels.dplr_delta_rule.reference import decay_ratios
+from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 16  # the decay ratios of a chunk are C x C x K numbers

@@ -75,13 +75,18 @@ class JobConfig:
 
     def warnings(self) -> list[str]:
         """What is allowed but probably not meant."""
+        warnings = []
         warmup, horizon = self.schedule
         if warmup < self.lr_scheduler.warmup_steps:
-            return [
+            warnings.append(
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is longer than the schedule's horizon; "
                 f"shortened to {horizon}"
-            ]
-        return []
+            )
+        if self.model.hybrid.mixer == self.model.mixer:
+            warnings.append(
+                f"model.hybrid.mixer = {self.model.mixer!r} is the common mixer too: the stack is no hybrid"
+            )
+        return warnings
 
 
 class _named:

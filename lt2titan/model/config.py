@@ -71,7 +71,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     rope_theta: float = 10_000.0
-    """Base of the rotary position embedding (rotate-half pairing) of softmax layers."""
+    """Base of the rotary position embedding (rotate-half pairing) of softmax layers and RetNet."""
     tie_embeddings: bool = True
     """Use the embedding as the head's weight."""
     hybrid: HybridConfig = field(default_factory=HybridConfig)
@@ -116,7 +116,6 @@ class ModelConfig:
         if self.hybrid.mixer and self.hybrid.mixer not in self.layer_mixers:
             reason = f"{self.n_layers} layers hold no rare layer; lower it to at most {max(self.n_layers - 1, 1)}"
             raise ConfigError("hybrid.ratio", self.hybrid.ratio, reason)
-        require(self.hybrid.mixer != self.mixer, self, "mixer", "is also hybrid.mixer: set one of them to another")
         if self.loop.windows and len(self.loop.windows) != self.n_loops:
             reason = f"needs one entry per loop, n_loops is {self.n_loops}"
             raise ConfigError("loop.windows", self.loop.windows, reason)

@@ -11,10 +11,14 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import Mamba2Config
-from lt2titan.model.mixers.pieces import convolution_spec, convolve, init_A_log, init_convolution, init_dt_bias
-
-CHUNK = 64
-"""Tokens per chunk that FLOPs are counted for."""
+from lt2titan.model.mixers.pieces import (
+    convolution_spec,
+    convolve,
+    gla_flops,
+    init_A_log,
+    init_convolution,
+    init_dt_bias,
+)
 
 
 class Mamba2(Mixer):
@@ -87,10 +91,7 @@ class Mamba2(Mixer):
         return spec
 
     def recurrence_flops(self) -> float:
-        """Per head and token of a chunk of C: q k^T (2CK), the scores' product with v (2CV), and two products with
-        the state (2KV each)."""
-        k, v = self.state_size, self.head_dim
-        return self.n_heads * (2 * CHUNK * k + 2 * CHUNK * v + 4 * k * v)
+        return self.n_heads * gla_flops(self.state_size, self.head_dim)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         if name in ("D", "o_norm"):

@@ -11,9 +11,7 @@ from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RetNetConfig
-
-CHUNK = 64
-"""Tokens per chunk that FLOPs are counted for."""
+from lt2titan.model.mixers.pieces import gla_flops
 
 
 class RetNet(Mixer):
@@ -65,10 +63,7 @@ class RetNet(Mixer):
         return {"recurrent": StateSpec(recurrent, torch.float32)}
 
     def recurrence_flops(self) -> float:
-        """Per head and token of a chunk of C: q k^T (2CK), the scores' product with v (2CV), and two products with
-        the state (2KV each)."""
-        k, v = self.head_k_dim, self.head_v_dim
-        return self.n_heads * (2 * CHUNK * k + 2 * CHUNK * v + 4 * k * v)
+        return self.n_heads * gla_flops(self.head_k_dim, self.head_v_dim)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.fill_(1.0)  # o_norm

@@ -13,17 +13,13 @@ import pytest
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import ConfigFileError, from_toml, load_config, to_toml
 from lt2titan.config.training import TrainingConfig
+from lt2titan.model.mixers.config import MixersConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 ABLATIONS = [
-    "pure_full",
-    "pure_window",
-    "pure_retnet",
-    "pure_mamba2",
-    "hybrid_full_retnet",
-    "hybrid_full_mamba2",
-    "pure_gdn",
+    *(f"pure_{mixer}" for mixer in MixersConfig.names()),
+    *(f"hybrid_full_{mixer}" for mixer in MixersConfig.names() if mixer not in ("full", "gdn")),  # gdn: the flagship
     "ratio_1to1",
     "ratio_1to6",
     "ratio_1to12",
@@ -181,6 +177,8 @@ def test_every_ablation_exists_at_both_scales_and_changes_only_what_it_says() ->
             changed = asdict(load_config(ROOT / f"train_configs/ablations/{name}_{scale}.toml"))
             differing = {section for section in changed if changed[section] != flagship[section]}
             assert differing == {"job", "model"}, name
+        same = asdict(load_config(ROOT / f"train_configs/ablations/hybrid_full_gdn_{scale}.toml"))
+        assert {section for section in same if same[section] != flagship[section]} == {"job"}
 
 
 def test_every_field_has_help() -> None:

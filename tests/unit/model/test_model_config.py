@@ -114,7 +114,6 @@ def test_placements(placement: str, ratio: int, rare: list[int]) -> None:
             r"mamba2\.n_heads = 3: does not divide the width 256 of expand",
         ),
         (ModelConfig(mixer="gdm"), "mixer = 'gdm'"),
-        (ModelConfig(hybrid=HybridConfig(mixer="gdn")), "is also hybrid.mixer"),
         (
             ModelConfig(n_layers=4, hybrid=HybridConfig(mixer="full")),
             r"hybrid\.ratio = 4: 4 layers hold no rare",
