@@ -54,30 +54,54 @@ class LoopedCore(nn.Module):
         """Attention window of softmax layers in a loop: 0 is full, None is each mixer's own."""
         return self.windows[loop] if self.windows else None
 
-    def forward(self, h: Tensor, context: Context, states: Sequence[Sequence[State]] | None = None) -> Tensor:
-        """h (B, L, dim) -> (B, L, dim); ``states[loop][layer]`` when decoding."""
+    def forward(
+        self,
+        h: Tensor,
+        context: Context,
+        states: Sequence[Sequence[State]] | None = None,
+        n_loops: int = 0,
+        n_backward_loops: int = 0,
+    ) -> Tensor:
+        """h (B, L, dim) -> (B, L, dim); ``states[loop][layer]`` when decoding.
+
+        Args:
+            n_loops: passes over the blocks, which use the first rows of rho; 0 means all that were built.
+            n_backward_loops: gradients pass through this many of the last loops; 0 means through all.
+        """
+        n_loops = n_loops or self.n_loops
+        first_backward_loop = n_loops - n_backward_loops if n_backward_loops else 0
+        has_grad = torch.is_grad_enabled()
         # Every name is there from the start: one structure, so that a compiled block needs one graph.
         carry: Carry = {}
         for block in self.blocks:
             carry.update(block.mixer.initial_carry(h))
-        for loop in range(self.n_loops):
-            loop_context = replace(context, window=self.window(loop))
-            previous = h
-            for layer, block in enumerate(self.blocks):
-                x = h
-                if self.recompute_blocks and torch.is_grad_enabled():
-                    h, carry = checkpoint(block, h, loop_context, carry, use_reentrant=False)
-                else:
-                    h, carry = block(h, loop_context, carry, None if states is None else states[loop][layer])
-                if self.observer is not None:
-                    with torch.no_grad():
-                        self.observer.after_block(block, x, loop_context)
-            if self.rho is not None:
-                h = h + self.rho[loop] * previous
+        for loop in range(n_loops):
+            with torch.set_grad_enabled(has_grad and loop >= first_backward_loop):
+                previous = h
+                h, carry = self._apply_loop(loop, h, context, carry, states)
             if self.observer is not None:
                 with torch.no_grad():
                     self.observer.after_loop(loop, previous, h, None if self.rho is None else self.rho[loop])
         return h
+
+    def _apply_loop(
+        self, loop: int, h: Tensor, context: Context, carry: Carry, states: Sequence[Sequence[State]] | None
+    ) -> tuple[Tensor, Carry]:
+        """One pass over the blocks and the residual gate."""
+        context = replace(context, window=self.window(loop))
+        previous = h
+        for layer, block in enumerate(self.blocks):
+            x = h
+            if self.recompute_blocks and torch.is_grad_enabled():
+                h, carry = checkpoint(block, h, context, carry, use_reentrant=False)
+            else:
+                h, carry = block(h, context, carry, None if states is None else states[loop][layer])
+            if self.observer is not None:
+                with torch.no_grad():
+                    self.observer.after_block(block, x, context)
+        if self.rho is not None:
+            h = h + self.rho[loop] * previous
+        return h, carry
 
     @contextmanager
     def observed_by(self, observer: LoopObserver | None) -> Iterator[None]:

@@ -48,6 +48,8 @@ class LT2(nn.Module):
         max_seqlen: int = 0,
         state: DecodeState | None = None,
         logits_at: Tensor | None = None,
+        n_loops: int = 0,
+        n_backward_loops: int = 0,
     ) -> Tensor:
         """Logits (B, L, vocab), or (M, vocab) of chosen tokens, or with ``targets`` the summed cross-entropy.
 
@@ -66,11 +68,23 @@ class LT2(nn.Module):
                 b; with cu_seqlens, document n (which may be empty) continues sequence n: a prefill of prompts of
                 unequal lengths. cu_seqlens may then stay on the CPU, which saves a device sync.
             logits_at: (M,) int64, places in the flattened tokens (B x L): of these alone logits are wanted.
+            n_loops: passes over the blocks, at most config.n_loops; 0 means all of them. Not with state.
+            n_backward_loops: gradients pass through this many of the last loops; 0 means through all.
 
         Raises:
             ValueError: state does not fit the call or has no room for its tokens; it is left as it was.
         """
         shape = tokens.shape
+        most = self.config.n_loops
+        if (
+            not 0 <= n_backward_loops <= (n_loops or most)
+            or not 0 <= n_loops <= most
+            or (n_loops and state is not None)
+        ):
+            raise ValueError(
+                f"n_loops = {n_loops} and n_backward_loops = {n_backward_loops}: a model of {most} loops runs 0 (all) to "
+                "that many, gradients pass through no more than run, and a decode state takes all"
+            )
         if state is not None:
             self._check_state(state, tokens, positions, cu_seqlens)
             if cu_seqlens is None:
@@ -86,7 +100,9 @@ class LT2(nn.Module):
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
         context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen or shape[1])
-        h = self.core(self.embedding(tokens), context, None if state is None else state.slots)
+        h = self.core(
+            self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops
+        )
         h = self.norm(h)
         if targets is not None:
             return loss_sum(h, self.head_weight, targets.reshape(tokens.shape))

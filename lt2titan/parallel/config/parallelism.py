@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from lt2titan.config.section import ConfigError, require
 
@@ -43,14 +42,3 @@ class ParallelismConfig:
         if shard not in (-1, world_size):
             reason = f"there are {world_size} processes (NGPU x nodes); use -1 or {world_size}"
             raise ConfigError("data_parallel_shard_degree", shard, reason)
-
-
-@dataclass(kw_only=True, slots=True)
-class ActivationCheckpointConfig:
-    """Trading compute for activation memory, which grows with the executed depth n_layers x n_loops."""
-
-    mode: Literal["none", "block"] = "none"
-    """none keeps every activation; block keeps each block's input in each loop and computes the rest again."""
-
-    def validate(self) -> None:
-        pass  # the type says it all

@@ -1,0 +1,6 @@
+"""The sections of parallel/: how the model lies on devices and what it keeps there. Imports without torch."""
+
+from lt2titan.parallel.config.activation_checkpoint import ActivationCheckpointConfig
+from lt2titan.parallel.config.parallelism import ParallelismConfig
+
+__all__ = ["ActivationCheckpointConfig", "ParallelismConfig"]
