@@ -75,16 +75,7 @@ class LT2(nn.Module):
             ValueError: state does not fit the call or has no room for its tokens; it is left as it was.
         """
         shape = tokens.shape
-        most = self.config.n_loops
-        if (
-            not 0 <= n_backward_loops <= (n_loops or most)
-            or not 0 <= n_loops <= most
-            or (n_loops and state is not None)
-        ):
-            raise ValueError(
-                f"n_loops = {n_loops} and n_backward_loops = {n_backward_loops}: a model of {most} loops runs 0 (all) to "
-                "that many, gradients pass through no more than run, and a decode state takes all"
-            )
+        self._check_loops(n_loops, n_backward_loops, state)
         if state is not None:
             self._check_state(state, tokens, positions, cu_seqlens)
             if cu_seqlens is None:
@@ -109,6 +100,16 @@ class LT2(nn.Module):
         if logits_at is not None:
             return logits(h.flatten(0, 1)[logits_at], self.head_weight)
         return logits(h, self.head_weight).view(*shape, -1)
+
+    def _check_loops(self, n_loops: int, n_backward_loops: int, state: DecodeState | None) -> None:
+        most = self.config.n_loops
+        if not 0 <= n_loops <= most or not 0 <= n_backward_loops <= (n_loops or most):
+            raise ValueError(
+                f"n_loops = {n_loops} and n_backward_loops = {n_backward_loops}: a model of {most} loops runs 0 (all) "
+                "to that many, and gradients pass through no more than run"
+            )
+        if n_loops and state is not None:
+            raise ValueError(f"n_loops = {n_loops} cannot be given with a decode state, which has slots for all loops")
 
     def _check_state(
         self, state: DecodeState, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
