@@ -7,6 +7,7 @@
 #   NGPU         processes on this node               (default: the GPUs seen, else 1)
 #   PYTHON       interpreter                          (default: .venv's if there is one, else python3)
 #   LOG_RANK     ranks whose output is shown, "0,1"   (default: 0; on several nodes: of each node)
+#   COMM_MODE    as --comm.mode: "fake_backend" tries the layout of NGPU processes out in one, on CPU
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT          several nodes; scripts/slurm/train.sbatch sets them
 # Everything after the script is an override, --section.field value; --help lists them all.
 set -euo pipefail
@@ -25,6 +26,15 @@ NNODES=${NNODES:-1}
 export NGPU NNODES
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
+mode=${COMM_MODE:-default} previous=
+for argument in "$@"; do
+  [ "$previous" != --comm.mode ] || mode=$argument
+  case $argument in --comm.mode=*) mode=${argument#*=} ;; esac
+  previous=$argument
+done
+[ -z "${COMM_MODE:-}" ] || set -- --comm.mode "$mode" "$@"
+export COMM_MODE=$mode
+
 # Refuse a bad configuration in a second and with one message, before torch starts.
 "$python" -m lt2titan.config --job.config_file "$config_file" "$@"
 for argument in "$@"; do
@@ -32,6 +42,8 @@ for argument in "$@"; do
 done
 # A job script checks once, before it starts the nodes.
 [ -z "${CHECK_ONLY:-}" ] || exit 0
+
+[ "$COMM_MODE" != fake_backend ] || exec "$python" -m lt2titan.train --job.config_file "$config_file" "$@"
 
 # torchrun would set one thread per process; share the cores instead.
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows of CPU masks, macOS knows no nproc

@@ -11,27 +11,33 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lt2titan.checkpoint.storage import CheckpointError
-from lt2titan.config.loader import parse_arguments
+from lt2titan.config.loader import parse_arguments, world_size_from_environment
 from lt2titan.config.section import ConfigError
 from lt2titan.data.errors import DataError
+from lt2titan.dry_run import show_dry_run
 from lt2titan.metrics.jsonl import MetricsWriteError
 from lt2titan.metrics.logging import init_logging
 from lt2titan.optim.guard import NonFiniteError
+from lt2titan.parallel.compile import RecompileError
 from lt2titan.parallel.distributed import process_group
 from lt2titan.trainer import Trainer
 
 
 @record
 def main() -> None:
-    config = parse_arguments(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+    started = os.environ.get("WORLD_SIZE")  # by torchrun
+    config = parse_arguments(sys.argv[1:], int(started) if started else world_size_from_environment())
     rank = int(os.environ.get("RANK", "0"))
     logger = init_logging()
+    if config.comm.mode == "fake_backend":
+        show_dry_run(config, world_size_from_environment())
+        return
     if config.debug.deterministic:  # cuBLAS reads it once, when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         with process_group() as device, Trainer(config, device) as trainer:
             trainer.train()
-    except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError) as error:
+    except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError, RecompileError) as error:
         if rank != 0:  # torchrun's summary is the only place where the user sees what other ranks say
             raise
         # What the user can mend needs no traceback; everything else keeps its own.

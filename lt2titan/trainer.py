@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,24 +21,28 @@ from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.config.job import JobConfig
 from lt2titan.config.provenance import resolved_toml
 from lt2titan.data.device import model_inputs
-from lt2titan.data.loader import Batch, ValidationText, build_loaders
+from lt2titan.data.loader import Batch, ValidationText, batch_layout, build_loaders
 from lt2titan.evaluation.loop_diagnostics import SLICE_ROWS, validation_diagnostics
 from lt2titan.evaluation.validate import Evaluation, evaluate
 from lt2titan.kernels.backend import resolve_backend
-from lt2titan.metrics.hardware import peak_flops, peak_memory_gib
+from lt2titan.metrics.hardware import device_memory, peak_flops, peak_memory_gib
 from lt2titan.metrics.loop_statistics import LoopStatistics
 from lt2titan.metrics.metrics_logger import METRICS_FILE, MetricsLogger
+from lt2titan.metrics.profile_ranges import phase
 from lt2titan.metrics.profiler import maybe_profile
 from lt2titan.metrics.record import TrainingRecord, ValidationRecord
 from lt2titan.metrics.throughput import Throughput
 from lt2titan.model.flops import count_parameters, training_flops_per_token
 from lt2titan.model.head import IGNORE_INDEX
 from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.lt2 import LT2
 from lt2titan.optim.guard import NonFiniteGuard
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.optim.schedule import learning_rate_factor
-from lt2titan.parallel.fsdp import reshard
+from lt2titan.parallel.compile import RecompileWatch
+from lt2titan.parallel.float8 import plan_float8, update_scales
+from lt2titan.parallel.fsdp import FSDPPlan, kept_gathered, plan_fsdp, reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
@@ -75,8 +80,9 @@ class Trainer:
 
         self.dims = ParallelDims.build(config.parallelism, device.type)
         self.local_batch_size, self.n_microbatches = config.training.microbatches(self.dims.dp_size)
-        self.model = build_model(config, self.dims, device)
+        self.model, self.fsdp = build_model(config, self.dims, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.loop_schedule = LoopSchedule(config.model.loop, config.model.n_loops, config.debug.seed)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps, device)
         for warning in config.warnings() if self.is_main else []:
             logger.warning(warning)
@@ -87,6 +93,8 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.checkpoints = CheckpointManager(self.folder / config.checkpoint.folder, config.checkpoint)
         self._restore()
+        self._update_float8_scales()
+        self.recompiles = self._compile()
         self._open_metrics()
 
     def _build_data(self) -> None:
@@ -127,6 +135,26 @@ class Trainer:
         self.guard.restore(int(loaded.train_state["skipped_steps"]), int(loaded.train_state["skipped_in_a_row"]))
         self.train_loader.load_state_dict(loaded.data_state)
 
+    def _compile(self) -> RecompileWatch | None:
+        """Compile everything that training and validation run, if compilation is asked for: on batches without a
+        single target, which leave nothing behind."""
+        config, validation = self.config, self.config.validation
+        if not config.compile.enable:
+            return None
+        sizes = [(config.training.seq_len, self.local_batch_size)]
+        if validation.enable:
+            sizes.append((validation.seq_len or sizes[0][0], validation.local_batch_size or sizes[0][1]))
+        layouts = [(batch_layout(config.data, seq_len), n_rows) for seq_len, n_rows in sizes]
+        batches = [model_inputs(layout.assemble([[]] * n_rows), self.device) for layout, n_rows in layouts]
+        watch = RecompileWatch(config.compile.error_on_recompile)
+        watch.warm_up(
+            self.model,
+            batches[0],
+            batches[1] if validation.enable else None,
+            [(n, self.loop_schedule.backward_loops(n)) for n in self.loop_schedule.shares(config.training.steps)],
+        )
+        return watch
+
     def save(self) -> None:
         """Write a full checkpoint of the current step."""
         n_skipped, in_a_row = self.guard.counts()
@@ -145,9 +173,11 @@ class Trainer:
         )
 
     def _open_metrics(self) -> None:
-        training = self.config.training
-        flops = training_flops_per_token(self.model, training.seq_len)
-        self.flops_per_token = flops.model
+        training, loops = self.config.training, self.loop_schedule
+        self.flops_per_token = {
+            n: training_flops_per_token(self.model, training.seq_len, n, loops.backward_loops(n)).model
+            for n in range(1, self.config.model.n_loops + 1)
+        }
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / CONFIG_FILE).write_text(self.config_text, encoding="utf-8")
@@ -157,8 +187,10 @@ class Trainer:
                 parameters.total / 1e6,
                 parameters.core / 1e6,
                 self.config.model.n_loops,
-                flops.model,
+                self.flops_per_token[self.config.model.n_loops],
             )
+            _, horizon = self.config.schedule
+            logger.info("%s", loops.describe(horizon))
             if self.config.job.print_config:
                 logger.info("resolved configuration:\n%s", self.config_text)
         self.metrics = MetricsLogger(
@@ -183,24 +215,39 @@ class Trainer:
             )
         gc.disable()  # collections at different times on different ranks would make all of them wait
         batches = iter(self.train_loader)
-        profiling = maybe_profile(config.profiling, self.folder, rank=dist.get_rank(), start_step=self.step)
-        with profiling as profiler:
+        with (
+            maybe_profile(
+                config.profiling,
+                self.folder,
+                rank=dist.get_rank(),
+                start_step=self.step,
+                model=self.model,
+                device=self.device,
+                paused=self.throughput.paused,
+            ) as profiler,
+            self.recompiles.watching() if self.recompiles else nullcontext(),
+        ):
             while self.step < config.training.steps:
-                with self.throughput.data_wait():
+                with self.throughput.data_wait(), phase("data"):
                     microbatches = [next(batches) for _ in range(self.n_microbatches)]
                 result = self.train_step(microbatches)
                 if self.metrics.should_log(self.step):
-                    self._log(result)
+                    with phase("log"):
+                        self._log(result)
                 is_last = self.step == config.training.steps
-                self.guard.check(last=is_last)
+                with phase("guard"):
+                    self.guard.check(last=is_last)
                 if config.validation.enable and (is_last or self.step % config.validation.freq == 0):
-                    with self.throughput.paused():
+                    with self.throughput.paused(), phase("validation"):
                         self.validate()
                 if self.checkpoints.is_due(self.step, last=is_last):
-                    with self.throughput.paused():
+                    with self.throughput.paused(), phase("checkpoint"):
                         self.save()
+                if self.recompiles:
+                    self.recompiles.check(self.step)
                 if self.step % config.training.gc_freq == 0:
-                    gc.collect()
+                    with phase("garbage collection"):
+                        gc.collect()
                 profiler.step()
         gc.enable()
         self._summarise()
@@ -225,30 +272,46 @@ class Trainer:
     def train_step(self, microbatches: list[Batch]) -> StepResult:
         """One optimizer step over ``microbatches``. Nothing here waits for the device."""
         self.step += 1
-        n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
-        n_valid = n_valid.to(self.device, non_blocking=True)
-        dist.all_reduce(n_valid)
+        n_loops = self.loop_schedule.loops(self.step)
+        n_backward_loops = self.loop_schedule.backward_loops(n_loops)
+        with phase("count"):
+            n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
+            n_valid = n_valid.to(self.device, non_blocking=True)
+            dist.all_reduce(n_valid, group=self.dims.loss_group)
         total = torch.zeros((), device=self.device)
         is_diagnosed = self.config.metrics.loop_diagnostics and self.metrics.should_log(self.step)
         loops = LoopStatistics(self.config.model.n_loops, self.device) if is_diagnosed else None
-        for batch in microbatches:
-            with self.model.core.observed_by(loops):
-                loss = self.model(**model_inputs(batch, self.device)) / n_valid.clamp(min=1)
-            loss.backward()
+        for i, batch in enumerate(microbatches, start=1):
+            if self.fsdp.defers_reductions:
+                set_gradient_sync(self.model, i == len(microbatches))
+            with phase("forward"), self.model.core.observed_by(loops):
+                loss = self.model(
+                    **model_inputs(batch, self.device), n_loops=n_loops, n_backward_loops=n_backward_loops
+                )
+                loss = loss / n_valid.clamp(min=1)
+            with phase("backward"):
+                loss.backward()
             total += loss.detach()
-        reshard(self.model)
-        dist.all_reduce(total)
-        grad_norms = clip_grad_norm(self.model, self.config.training.max_norm)
+        with phase("clip"):
+            reshard(self.model)
+            dist.all_reduce(total, group=self.dims.loss_group)
+            grad_norms = clip_grad_norm(self.model, self.config.training.max_norm)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.guard.step(self.optimizer, total, grad_norms.total)
-        self.optimizer.zero_grad()
+        with phase("optimizer"):
+            self.guard.step(self.optimizer, total, grad_norms.total)
+            self.optimizer.zero_grad()
+            self._update_float8_scales()
 
         n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size
         self.tokens_seen += n_tokens
-        self.throughput.add_step(n_tokens, self.flops_per_token)
+        self.throughput.add_step(n_tokens, self.flops_per_token[n_loops])
         return StepResult(total, grad_norms, loops)
+
+    def _update_float8_scales(self) -> None:
+        if self.config.float8.recipe == "tensorwise":
+            update_scales(self.model)
 
     def learning_rate(self) -> float:
         """The learning rate of the current step (counted from 1)."""
@@ -276,6 +339,7 @@ class Trainer:
                 loss=self.last_loss,
                 grad_norm=grad_norm,
                 lr=self.learning_rate(),
+                loops=self.loop_schedule.loops(self.step),
                 tokens_per_second=sample.tokens_per_second,
                 tokens_seen=self.tokens_seen,
                 mfu=sample.mfu,
@@ -290,12 +354,13 @@ class Trainer:
     def validate(self) -> Evaluation:
         """Loss and bits per byte of the held-out text, and what each loop makes of its first rows, into the metrics."""
         assert self.validation_loader is not None  # only called when validation.enable
-        evaluation = evaluate(self.model, self.validation_loader, self.device)
-        extra = {}
+        evaluation = evaluate(self.model, self.validation_loader, self.device, self.config.validation.loops)
+        extra = {f"validation_loss/loops_{n}": loss for n, loss in evaluation.loss_at.items()}
         if self.config.metrics.loop_diagnostics:
             rows = (self.config.validation.local_batch_size or self.local_batch_size) * self.dims.dp_size
             first_batches = islice(self.validation_loader, math.ceil(SLICE_ROWS / rows))
-            extra = validation_diagnostics(self.model, first_batches, self.device)
+            with kept_gathered(self.model, self.fsdp.loop_reshard):
+                extra |= validation_diagnostics(self.model, first_batches, self.device)
         reshard(self.model)
         self.last_evaluation = evaluation
         self.metrics.log(
@@ -320,22 +385,57 @@ class Trainer:
         self.close(failed=kind is not None)
 
 
-def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> LT2:
-    """The model on ``device``, laid out over ``dims``, with its initial values."""
+def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> tuple[LT2, FSDPPlan]:
+    """The model on ``device``, laid out over ``dims``, with its initial values; and how FSDP2 treats its loops."""
+    model, plan = lay_out(config, dims, device, device_memory(device))
+    storage = torch.device("cpu") if config.parallelism.cpu_offload else device
+    materialise(model, device, config.debug.seed, storage)
+    return model, plan
+
+
+def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory: int) -> tuple[LT2, FSDPPlan]:
+    """`build_model` without values; ``memory`` is the device's, in bytes."""
     backend = resolve_backend(config.kernels.backend, device)
     model = build_on_meta(config.model, backend)
     precision = config.training.mixed_precision_param
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    param_dtype = getattr(torch, precision)
+    reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
+    plan = plan_fsdp(
+        loop_reshard=config.parallelism.fsdp_loop_reshard,
+        defer_reductions=config.parallelism.fsdp_defer_reductions,
+        n_parameters=count_parameters(model).total // dims.tensor,
+        n_shards=dims.shard * dims.context,
+        n_ranks=dims.replicate * dims.shard * dims.context,
+        n_microbatches=config.training.microbatches(dims.dp_size)[1],
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+        cpu_offload=config.parallelism.cpu_offload,
+        device_memory=memory,
+    )
     parallelize(
         model,
         dims,
-        param_dtype=getattr(torch, precision),
-        reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
         activation_checkpoint=config.activation_checkpoint.mode,
+        compile_backend=config.compile.backend if config.compile.enable else "",
+        skip_last_loops=config.activation_checkpoint.skip_last_loops,
+        memory_budget=config.activation_checkpoint.memory_budget,
+        loop_reshard=plan.loop_reshard,
+        cpu_offload=config.parallelism.cpu_offload,
+        sequence_parallel=config.parallelism.sequence_parallel,
+        float8=plan_float8(
+            config.float8,
+            device=device,
+            compiled=config.compile.enable,
+            n_tensor=dims.tensor,
+            cpu_offload=config.parallelism.cpu_offload,
+            n_tokens=config.training.microbatches(dims.dp_size)[0] * config.training.seq_len // dims.context,
+        ),
     )
-    materialise(model, device, config.debug.seed)
-    return model
+    return model, plan
 
 
 def clip_grad_norm(model: LT2, max_norm: float) -> GradNorms:

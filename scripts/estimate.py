@@ -15,8 +15,9 @@ from rich.table import Table
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
-from lt2titan.model.flops import count_parameters, training_flops_per_token
+from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
+from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.state import allocate
 
 
@@ -24,7 +25,9 @@ def estimate(config: JobConfig) -> dict[str, Any]:
     """Counts from the model built on ``meta``; the decode state is that of one sequence, activations in bf16."""
     model = build_on_meta(config.model, "reference")
     parameters, seq_len = count_parameters(model), config.training.seq_len
-    flops = training_flops_per_token(model, seq_len)
+    loops = LoopSchedule(config.model.loop, config.model.n_loops, config.debug.seed)
+    _, n_steps = config.schedule
+    flops = scheduled_flops_per_token(model, seq_len, loops, n_steps)
 
     def state_bytes(length: int) -> int:
         return allocate(model, 1, length, torch.bfloat16, "meta").n_bytes
@@ -42,6 +45,7 @@ def estimate(config: JobConfig) -> dict[str, Any]:
                 for name in dict.fromkeys(config.model.layer_mixers)
             },
         },
+        "mean_loops": loops.mean(n_steps),
         "training_flops_per_token": flops.model,
         "recurrence_flops_per_token": flops.recurrence,
         "seq_len": seq_len,
@@ -67,6 +71,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(f"parameters, {name} block", f"{count:,}", "one layer")
     seq_len = f"sequences of {result['seq_len']:,}"
     flops = result["training_flops_per_token"]
+    table.add_row("loops per training step", f"{result['mean_loops']:.4g}", "mean of model.loop.schedule")
     table.add_row("training FLOPs per token", f"{flops:.4g}", f"forward and backward, as executed; {seq_len}")
     table.add_row("  linear recurrences", f"{result['recurrence_flops_per_token']:.4g}", "apart, not part of MFU")
     state = result["decode_state_bytes"]

@@ -43,6 +43,8 @@ class Arguments:
     """Sequences per batch."""
     steps: int = -1
     """Batches; -1 for all of the text."""
+    loops: tuple[int, ...] = ()
+    """Losses after these numbers of loops too; nothing takes the run's validation.loops."""
     device: str = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     backend: Literal["auto", "reference", "fla"] = "auto"
@@ -77,7 +79,10 @@ def main() -> None:
             steps=arguments.steps,
             holdout=held_out and not arguments.files,
         )
-        result = evaluate(model, batches, device)
+        validation.loops = list(arguments.loops) or validation.loops
+        validation.validate()
+        validation.validate_model(config.model.n_loops)
+        result = evaluate(model, batches, device, validation.loops)
     except (CheckpointError, ConfigError, ConfigFileError, DataError) as error:
         hint = " (--tokenizer names another place)" if "tokenizer" in str(error) else ""
         sys.exit(f"evaluate: {error}{hint}")
@@ -88,6 +93,8 @@ def main() -> None:
             f"loss {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte, "
             f"{result.n_tokens:,} tokens"
         )
+        for n_loops, loss in result.loss_at.items():
+            print(f"with {n_loops} loops: loss {loss:.4f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Text goes to standard output, one prompt's as it is made; messages and speed go 
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,8 +60,8 @@ class Arguments:
             return f"--batch-size = {self.batch_size}: must be positive"
         if self.max_new_tokens < 1:
             return f"--max-new-tokens = {self.max_new_tokens}: must be positive"
-        if self.temperature < 0:
-            return f"--temperature = {self.temperature}: must not be negative"
+        if not 0 <= self.temperature < math.inf:
+            return f"--temperature = {self.temperature}: must be finite and not negative"
         if not 0 < self.top_p <= 1:
             return f"--top-p = {self.top_p}: must be in (0, 1]"
         return ""
@@ -123,8 +124,8 @@ def main() -> None:
         pieces: list[list[str]] = [[] for _ in batch]
         for i, token in speed.timed(new_tokens, batch):
             pieces[i].append(streams[i].push(token))
-        for i, stream in enumerate(streams):
-            print(f"--- {first + i}\n{texts[first + i]}{''.join(pieces[i])}{stream.end()}", flush=True)
+            if token == tokenizer.eos_id or len(pieces[i]) == arguments.max_new_tokens:  # several: each as it ends
+                print(f"--- {first + i}\n{texts[first + i]}{''.join(pieces[i])}{streams[i].end()}", flush=True)
     print(f"generate: {speed}", file=sys.stderr)
 
 

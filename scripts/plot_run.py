@@ -32,6 +32,8 @@ def main() -> None:
     init_logging()
     if not arguments.runs:
         sys.exit("plot_run: name at least one run folder")
+    if not arguments.output.suffix:
+        sys.exit(f"plot_run: --output {arguments.output} has no ending to choose the format: .png, .pdf or .svg")
     if arguments.dpi < 1:
         sys.exit(f"plot_run: --dpi = {arguments.dpi}: must be positive")
     try:

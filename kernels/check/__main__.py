@@ -36,7 +36,7 @@ class Arguments:
     """Only these."""
     dtypes: list[Literal["bfloat16", "float16", "float32"]] = field(default_factory=lambda: ["bfloat16", "float32"])
     """Of the activations."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu, cuda, or auto: the GPU if there is one."""
     backend: Literal["auto", "reference", "fla"] = "auto"
     """As kernels.backend."""
@@ -50,6 +50,10 @@ class Arguments:
         unknown = [name for name in self.operators if name not in OPERATORS]
         if unknown:
             return f"--operators {' '.join(unknown)}: there are {', '.join(OPERATORS)}"
+        if not self.operators or not self.dtypes:
+            return "--operators and --dtypes need at least one name each: without a case nothing is checked"
+        if self.json and not self.json.resolve().parent.is_dir():
+            return f"--json {self.json}: there is no folder {self.json.resolve().parent}"
         if self.tuning_configs < 0:
             return f"--tuning-configs {self.tuning_configs}: must be positive, or 0 for all"
         if self.device == "cuda" and not torch.cuda.is_available():

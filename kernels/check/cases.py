@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.attention import attention
+from lt2titan.kernels.attention import attention, masked_attention
 from lt2titan.kernels.check.other_operators import (
     attention_definition,
     attention_inputs,
@@ -180,8 +180,8 @@ def _short_convolution(case: Case, packing: _Packing, backend: str) -> Built:
     if not case.state:
         del inputs["initial_state"]
 
-    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        y, final_state = short_convolution(
+    def call(x: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return short_convolution(
             **x,
             cu_seqlens=packing.cu_seqlens,
             chunk_indices=packing.chunk_indices,
@@ -189,7 +189,17 @@ def _short_convolution(case: Case, packing: _Packing, backend: str) -> Built:
             return_final_state=case.state,
             backend=backend,
         )
-        return (y,) if final_state is None else (y, final_state)
+
+    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        if case.decode:
+            outputs, token = [], dict(x)
+            for t in range(packing.length):
+                y, state = call({**token, "x": x["x"][:, t : t + 1]})
+                assert state is not None
+                token["initial_state"] = state
+                outputs.append(y)
+            return torch.cat(outputs, dim=1), token["initial_state"]
+        return [o for o in call(x) if o is not None]
 
     def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
         optional = x.get("bias"), x.get("initial_state")
@@ -214,6 +224,12 @@ def _attention(case: Case, packing: _Packing, backend: str) -> Built:
     inputs = attention_inputs(packing.batch, packing.length, case.sizes)
 
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        if case.decode:  # one query at a time over the keys so far, as mixers do with their caches
+            steps = []
+            for t in range(packing.length):
+                seen = torch.ones(1, 1, t + 1, dtype=torch.bool, device=x["q"].device)
+                steps.append(masked_attention(x["q"][:, t : t + 1], x["k"][:, : t + 1], x["v"][:, : t + 1], seen))
+            return (torch.cat(steps, dim=1),)
         y = attention(
             **x,
             window=window,
@@ -250,6 +266,7 @@ def cases_of(operator: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
         yield Case(operator, dtype, "packed, state", documents=(2, 70, 3, 0), state=True, options=sizes)
         yield Case(operator, dtype, "bias, state", batch=2, length=67, state=True, options={**sizes, "bias": True})
         yield Case(operator, dtype, "one token", batch=2, length=1, state=True, options={**sizes, "bias": True})
+        yield Case(operator, dtype, "token by token", batch=2, length=9, state=True, decode=True, options=sizes)
         yield Case(operator, dtype, "no activation", length=5, options={**sizes, "activation": ""})
     elif operator == "gated_rms_norm":
         for what, batch, length, heads, width, activation in (
@@ -282,6 +299,7 @@ def _attention_cases(dtype: torch.dtype, backend: str) -> Iterator[Case]:
     yield Case("attention", dtype, "odd length", heads, batch=2, length=197)
     yield Case("attention", dtype, "one token, single head", single, batch=2, length=1)
     yield Case("attention", dtype, "grouped values", grouped, batch=2, length=67)
+    yield Case("attention", dtype, "token by token", grouped, batch=2, length=9, decode=True)
     if backend != "reference" and dtype not in (torch.bfloat16, torch.float16):
         return  # packed and windowed attention run in half precision on a GPU, and refuse anything else
     yield Case("attention", dtype, "window", heads, batch=2, length=197, options={"window": 33})

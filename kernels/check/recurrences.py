@@ -65,7 +65,7 @@ class Draw:
 class RecurrenceCheck(NamedTuple):
     """operator: what is checked. inputs: draws its per-token tensors. definition: one token after another, called
     as definition(*inputs, initial_state, scale, cu_seqlens). grouped_values: whether HV may be a multiple of H.
-    sizes: two heads as wide as in the 1.3B model."""
+    sizes: two heads, as wide as in the 1.3B recipes or nearly so."""
 
     operator: Recurrence
     inputs: Callable[[Draw], list[Tensor]]

@@ -39,8 +39,20 @@ def model_tensors(model: torch.nn.Module) -> Tensors:
     for name, value in get_model_state_dict(model).items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} of the model is a {type(value).__name__}: only tensors can be stored")
-        tensors[MODEL_PREFIX + name] = value
+        tensors[MODEL_PREFIX + name] = _plain(value)
     return tensors
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """The same memory without torchao's wrapper of shards that FSDP2 gathers in float8: a checkpoint does not depend
+    on how products are computed."""
+    value = value.detach()
+    if isinstance(value, DTensor) and hasattr(value.to_local(), "fsdp_pre_all_gather"):
+        shard = value.to_local()._tensor  # type: ignore[attr-defined]
+        return DTensor.from_local(
+            shard, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    return value
 
 
 def check_model_fits(tensors: Tensors, metadata: Metadata, where: str) -> list[str]:
@@ -102,7 +114,7 @@ def optimizer_template(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         if name not in owned:
             continue
         if field != "step" and owned[name].shape == entry.size:
-            template[key] = torch.empty_like(owned[name], dtype=entry.properties.dtype, requires_grad=False)
+            template[key] = torch.empty_like(_plain(owned[name]), dtype=entry.properties.dtype)
         else:
             template[key] = empty_stored(entry)
     return template

@@ -6,6 +6,7 @@ every field.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lt2titan.config.loader import parse_arguments, to_toml, world_size_from_environment
@@ -13,6 +14,9 @@ from lt2titan.config.loader import parse_arguments, to_toml, world_size_from_env
 
 def main() -> None:
     config = parse_arguments(sys.argv[1:], world_size_from_environment())
+    if config.comm.mode != os.environ.get("COMM_MODE", config.comm.mode):  # run_train.sh has to know
+        print("configuration error: comm.mode belongs on the command line or in COMM_MODE", file=sys.stderr)
+        sys.exit(2)
     if config.job.print_config:
         print(to_toml(config))
 

@@ -19,7 +19,14 @@ from lt2titan.kernels.config import KernelsConfig
 from lt2titan.metrics.config import MetricsConfig, ProfilingConfig
 from lt2titan.model.config import ModelConfig
 from lt2titan.optim.config import LRSchedulerConfig, OptimizerConfig
-from lt2titan.parallel.config import ActivationCheckpointConfig, ParallelismConfig
+from lt2titan.parallel.config import (
+    ActivationCheckpointConfig,
+    CommConfig,
+    CompileConfig,
+    Float8Config,
+    ParallelismConfig,
+)
+from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +42,9 @@ class JobConfig:
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    float8: Float8Config = field(default_factory=Float8Config)
+    comm: CommConfig = field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -55,8 +65,17 @@ class JobConfig:
         """Refuse what each section allows but the run as a whole, on ``world_size`` processes, does not."""
         with _named("parallelism"):
             self.parallelism.validate_world_size(world_size)
+            check_tensor_parallel(self.model, self.parallelism.tensor_parallel_degree)
+            if self.parallelism.tensor_parallel_degree > 1 and self.parallelism.sequence_parallel:
+                self._check_sequence_parallel()
         with _named("training"):
-            self.training.microbatches(world_size)
+            self.training.microbatches(self.parallelism.data_parallel_size(world_size))
+        with _named("activation_checkpoint"):
+            self.activation_checkpoint.validate_model(self.model.n_loops, is_compiled=self.compile.enable)
+        with _named("validation"):
+            self.validation.validate_model(self.model.n_loops)
+        if self.comm.mode == "fake_backend":  # reads no data
+            return
         training = (self.training.dataset, self.training.dataset_path)
         validation = validation_text(training, self.validation.dataset, self.validation.dataset_path)
         check_texts(self.data, training, validation if self.validation.enable else None)
@@ -66,6 +85,17 @@ class JobConfig:
         if n_tokens > self.model.vocab_size:
             reason = f"the tokenizer {self.data.tokenizer!r} has {n_tokens} tokens; use at least that many"
             raise ConfigError("model.vocab_size", self.model.vocab_size, reason)
+
+    def _check_sequence_parallel(self) -> None:
+        """Refuse rows that tensor-parallel ranks cannot split by tokens."""
+        tensor, context = self.parallelism.tensor_parallel_degree, self.parallelism.context_parallel_degree
+        lengths = {"training.seq_len": self.training.seq_len}
+        if self.validation.enable and self.validation.seq_len:
+            lengths["validation.seq_len"] = self.validation.seq_len
+        for name, length in lengths.items():
+            if length % (tensor * context):
+                reason = f"{name} = {length} is no multiple of {tensor * context}; change it, or set this to false"
+                raise ConfigError("sequence_parallel", True, reason)
 
     @property
     def schedule(self) -> tuple[int, int]:
@@ -81,6 +111,12 @@ class JobConfig:
             warnings.append(
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is longer than the schedule's horizon; "
                 f"shortened to {horizon}"
+            )
+        loop = self.model.loop
+        if loop.schedule == "grow" and loop.grow_steps >= horizon:
+            warnings.append(
+                f"model.loop.grow_steps = {loop.grow_steps} is no shorter than the schedule's horizon of {horizon} "
+                f"steps: model.n_loops = {self.model.n_loops} loops are never trained"
             )
         if self.model.hybrid.mixer == self.model.mixer:
             warnings.append(

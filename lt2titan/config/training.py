@@ -85,7 +85,8 @@ class DebugConfig:
     """Seeds and determinism."""
 
     seed: int = 42
-    """Seed of the model's initialisation; the order of the data has its own (data.seed)."""
+    """Seed of the model's initialisation and of sampled loops (model.loop.schedule); the order of the data has its own
+    (data.seed)."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms (slower on GPU; CPU runs repeat bitwise without it)."""
 

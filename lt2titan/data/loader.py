@@ -76,7 +76,7 @@ def build_loaders(
     share = Share(local_batch_size=local_batch_size, dp_rank=dp_rank, dp_size=dp_size)
     build_order = _indexed_order if corpus.stream is None else _stream_order
     train_loader = TrainLoader(
-        build_order(data, corpus, _layout(data, seq_len), share, held_out),
+        build_order(data, corpus, batch_layout(data, seq_len), share, held_out),
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         pin_memory=pin_memory,
@@ -86,7 +86,7 @@ def build_loaders(
     validation_corpus = corpus if held_out else Corpus(data, *own, vocab_size, tokenizer=corpus.tokenizer)
     validation_loader = ValidationLoader(
         validation_corpus.validation_row(held_out),
-        _layout(data, validation.seq_len),
+        batch_layout(data, validation.seq_len),
         Share(local_batch_size=validation.local_batch_size, dp_rank=dp_rank, dp_size=dp_size),
         steps=validation.steps,
         pin_memory=pin_memory,
@@ -118,10 +118,11 @@ def build_validation_loader(
     """
     row = Corpus(data, dataset, dataset_path, vocab_size).validation_row(holdout)
     share = Share(local_batch_size=local_batch_size, dp_rank=dp_rank, dp_size=dp_size)
-    return ValidationLoader(row, _layout(data, seq_len), share, steps=steps)
+    return ValidationLoader(row, batch_layout(data, seq_len), share, steps=steps)
 
 
-def _layout(data: DataConfig, seq_len: int) -> BatchLayout:
+def batch_layout(data: DataConfig, seq_len: int) -> BatchLayout:
+    """What every batch of samples of ``seq_len`` tokens looks like."""
     return BatchLayout(
         seq_len=seq_len,
         document_mask=data.document_mask,

@@ -76,6 +76,7 @@ class _LoopLens(LoopObserver):
             self.mass += block.mixer.first_token_mass(x, context, self.packed_queries, self.counted.view(1, -1))
 
     def after_loop(self, loop: int, before: Tensor, after: Tensor, rho: Tensor | None) -> None:
-        nats = loss_sum(self.model.norm(after), self.model.head_weight, self.targets.view(after.shape[:2]))
+        h = self.model.norm(after)
+        nats = loss_sum(h, self.model.head_weight, self.targets.view(h.shape[:2]))  # packed rows come as one
         self.sums[loop] = torch.cat([nats.double()[None], self.n_tokens[None], self.mass])
         self.mass = torch.zeros_like(self.mass)

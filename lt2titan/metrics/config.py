@@ -58,10 +58,11 @@ class MetricsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ProfilingConfig:
-    """torch.profiler traces of chosen steps; open them in https://ui.perfetto.dev or chrome://tracing."""
+    """torch.profiler traces of chosen steps; open them in https://ui.perfetto.dev or chrome://tracing.
+    See docs/profiling.md."""
 
     enable_profiling: bool = False
-    """Write a trace per rank every `profile_freq` steps."""
+    """Write a trace per rank every `profile_freq` steps, and beside it a summary of where the time went."""
 
     save_traces_folder: str = "profile_traces"
     """Folder of the traces, inside the run folder: iteration_N/rankR_trace.json.gz; N is the step traced."""
@@ -75,8 +76,20 @@ class ProfilingConfig:
     profiler_warmup: int = 3
     """Steps before a trace in which the profiler runs but keeps nothing: its start-up cost stays out."""
 
+    enable_memory_snapshot: bool = False
+    """Write what CUDA memory holds and where it was allocated, every `profile_freq` steps and when memory runs out;
+    open it in https://pytorch.org/memory_viz. Not on CPU."""
+
+    save_memory_snapshot_folder: str = "memory_snapshots"
+    """Folder of the snapshots, inside the run folder: iteration_N/rankR_memory_snapshot.pickle."""
+
+    memory_snapshot_max_entries: int = 100000
+    """Allocations and frees that a snapshot looks back on; more take more host memory."""
+
     def validate(self) -> None:
         _require_folder_inside_run(self, "save_traces_folder")
+        _require_folder_inside_run(self, "save_memory_snapshot_folder")
+        require(self.memory_snapshot_max_entries >= 1, self, "memory_snapshot_max_entries", "must be at least 1")
         require(self.profiler_active >= 1, self, "profiler_active", "must be at least 1")
         require(self.profiler_warmup >= 0, self, "profiler_warmup", "must not be negative")
         needed = self.profiler_active + self.profiler_warmup

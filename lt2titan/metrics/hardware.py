@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import resource
 import sys
@@ -73,6 +74,14 @@ def peak_flops(device: torch.device | str) -> float | None:
     else:
         logger.info("%s: MFU is a fraction of its dense bf16 peak, %.0f TFLOP/s", name, peak / 1e12)
     return peak
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a process can use: a GPU's memory, or of a host's its share among the node's processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory_gib(device: torch.device | str) -> float:

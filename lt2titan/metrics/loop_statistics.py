@@ -32,7 +32,8 @@ class LoopStatistics(LoopObserver):
             self._sums[loop, 5] += rho.numel()
 
     def figures(self) -> dict[str, float]:
-        """residual_rms/loop_t, relative_update/loop_t and, with a residual gate, rho/loop_t (see metrics/record.py).
+        """residual_rms/loop_t, relative_update/loop_t and, with a residual gate, rho/loop_t (see metrics/record.py), of
+        the loops that were run.
 
         One all-reduce of T x 6 numbers, so all ranks must call it; waits for the device.
         """
@@ -41,7 +42,9 @@ class LoopStatistics(LoopObserver):
             dist.all_reduce(sums)
         figures = {}
         for loop, (before, after, change, n_elements, rho, n_rho) in enumerate(sums.tolist(), start=1):
-            figures[f"residual_rms/loop_{loop}"] = math.sqrt(after / n_elements) if n_elements else math.nan
+            if not n_elements:
+                break
+            figures[f"residual_rms/loop_{loop}"] = math.sqrt(after / n_elements)
             figures[f"relative_update/loop_{loop}"] = math.sqrt(change / before) if before else math.nan
             if n_rho:
                 figures[f"rho/loop_{loop}"] = rho / n_rho

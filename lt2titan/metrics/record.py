@@ -1,6 +1,11 @@
 """What one log record holds: the contract between the trainer, `metrics.jsonl` and every other sink.
 
-Figures that come in families are named ``family/member``. With metrics.loop_diagnostics there are, for t = 1..T:
+Figures that come in families are named ``family/member``. With validation.loops there are, for each n in it:
+
+    validation, over the whole text:
+        validation_loss/loops_n nats per token of the model that runs n loops
+
+and with metrics.loop_diagnostics, for t = 1..T (while training, T is that of the step: ``loops``):
 
     training, over all tokens of the step:
         residual_rms/loop_t     root mean square of h(t)
@@ -32,6 +37,7 @@ class TrainingRecord:
     loss: float  # mean cross-entropy per valid token of this step, nats
     grad_norm: float  # global L2 norm before clipping
     lr: float
+    loops: int  # T of this step; the throughput figures know those of the other steps
     tokens_per_second: float  # all ranks together
     tokens_seen: int  # all ranks together, since the start of training
     mfu: float | None  # fraction of the dense bf16 peak; None where the peak is unknown

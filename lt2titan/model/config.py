@@ -6,7 +6,7 @@ Names and defaults follow the LT2 paper (arXiv 2605.20670); presets are the TOML
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lt2titan.config.section import ConfigError, require
 from lt2titan.model.mixers.config import MixersConfig
@@ -38,16 +38,77 @@ class HybridConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
-    """What happens between the passes over the stack."""
+    """What happens between the passes over the stack, and how many of them a training step runs."""
 
     residual_gate: bool = True
     """Add rho_t * h(t-1) after loop t, rho zero-initialised, one vector per loop."""
     windows: list[int] = field(default_factory=list)
-    """Attention window of softmax layers in each loop, n_loops entries, -1 for full; empty: each mixer's own."""
+    """Attention window of softmax layers in each loop, n_loops entries, -1 for full; empty: each mixer's own. A step
+    with fewer loops uses the first entries."""
+    schedule: Literal["fixed", "uniform", "poisson_lognormal", "list", "grow"] = "fixed"
+    """Loops of a training step, the same on all ranks: always n_loops; or sampled for each step from debug.seed,
+    uniform on min_loops..n_loops, Poisson-lognormal (Huginn, arXiv 2502.05171) cut to that range, or out of the list
+    loops; or growing from min_loops to n_loops over grow_steps. Fewer loops use the first rows of rho. Validation,
+    decoding and export use n_loops."""
+    min_loops: int = 1
+    """uniform, poisson_lognormal and grow: the fewest loops of a step."""
+    mean_loops: float = 0.0
+    """poisson_lognormal: mean number of loops before the distribution is cut (r + 1 in the paper); more than 1. The
+    mean that results stands in the log and in scripts/estimate.py."""
+    sigma: float = 0.5
+    """poisson_lognormal: standard deviation of the logarithm of the Poisson rate."""
+    loops: list[int] = field(default_factory=list)
+    """list: the numbers of loops to choose from, n_loops among them; name one twice to make it twice as likely."""
+    grow_steps: int = 0
+    """grow: from the step after these many on, n_loops are run; until then each number lasts equally long."""
+    backward_loops: int = 0
+    """Truncated backpropagation: gradients pass through this many of the last loops of a step; 0 for all. Loops
+    without gradients cost a third, keep no activations and do not train their rho."""
 
     def validate(self) -> None:
         ok = all(w > 0 or w == FULL_WINDOW for w in self.windows)
         require(ok, self, "windows", "each entry must be positive, or -1 for full attention")
+        readers = {
+            "min_loops": ("uniform", "poisson_lognormal", "grow"),
+            "mean_loops": ("poisson_lognormal",),
+            "sigma": ("poisson_lognormal",),
+            "loops": ("list",),
+            "grow_steps": ("grow",),
+        }
+        defaults = LoopConfig()
+        for name, schedules in readers.items():
+            is_read = self.schedule in schedules or getattr(self, name) == getattr(defaults, name)
+            reason = f"is not read by schedule = {self.schedule!r}; leave it out, or set schedule to "
+            require(is_read, self, name, reason + " or ".join(map(repr, schedules)))
+        require(self.min_loops > 0, self, "min_loops", "must be positive")
+        require(self.backward_loops >= 0, self, "backward_loops", "must be positive, or 0 for all loops")
+        require(0 < self.sigma <= 2, self, "sigma", "must be positive, and at most 2")
+        if self.schedule == "poisson_lognormal":
+            ok = self.mean_loops > 1 and self.mean_loops >= self.min_loops
+            require(ok, self, "mean_loops", f"must be more than 1 and no less than min_loops = {self.min_loops}")
+        if self.schedule == "list":
+            require(bool(self.loops), self, "loops", "must name the numbers of loops for schedule = 'list'")
+            require(min(self.loops) > 0, self, "loops", "each entry must be positive")
+        if self.schedule == "grow":
+            require(self.grow_steps > 0, self, "grow_steps", "must be positive for schedule = 'grow'")
+
+    def validate_model(self, n_loops: int, tie_embeddings: bool) -> None:
+        """Refuse what cannot be done with ``n_loops`` loops and a tied or untied head."""
+        most = f"is more than n_loops = {n_loops}; lower it, or raise n_loops"
+        for name in ("min_loops", "mean_loops", "backward_loops"):
+            require(getattr(self, name) <= n_loops, self, name, most)
+        if self.loops and max(self.loops) != n_loops:
+            reason = f"its largest entry must be n_loops = {n_loops}, the most that is trained; change one of them"
+            raise ConfigError("loops", self.loops, reason)
+        if self.windows and len(self.windows) != n_loops:
+            raise ConfigError("windows", self.windows, f"needs one entry per loop, n_loops is {n_loops}")
+        fewest = {"fixed": n_loops, "list": min(self.loops, default=n_loops)}.get(self.schedule, self.min_loops)
+        if 0 < self.backward_loops < fewest and not tie_embeddings:
+            reason = (
+                f"no gradient would ever reach the embedding, as every step runs at least {fewest} loops; use 0 or at "
+                f"least {fewest}, let some steps run fewer loops, or tie the embedding to the head (tie_embeddings)"
+            )
+            raise ConfigError("backward_loops", self.backward_loops, reason)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,7 +122,8 @@ class ModelConfig:
     n_layers: int = 5
     """Distinct blocks in the physical stack."""
     n_loops: int = 4
-    """Passes over the blocks (T); effective depth is n_layers * n_loops."""
+    """Passes over the blocks (T); effective depth is n_layers * n_loops. The most that training runs, and what all else
+    does; loop.schedule can train with fewer in some steps."""
     mixer: str = "gdn"
     """The common token mixer: a table of model.mixers."""
     ffn_dim: int = 0
@@ -116,9 +178,7 @@ class ModelConfig:
         if self.hybrid.mixer and self.hybrid.mixer not in self.layer_mixers:
             reason = f"{self.n_layers} layers hold no rare layer; lower it to at most {max(self.n_layers - 1, 1)}"
             raise ConfigError("hybrid.ratio", self.hybrid.ratio, reason)
-        if self.loop.windows and len(self.loop.windows) != self.n_loops:
-            reason = f"needs one entry per loop, n_loops is {self.n_loops}"
-            raise ConfigError("loop.windows", self.loop.windows, reason)
+        self._validate_part("loop", "validate_model", self.n_loops, self.tie_embeddings)
         if self.loop.windows and not {"full", "window"} & set(self.layer_mixers):
             raise ConfigError("loop.windows", self.loop.windows, "the model has no softmax layer to apply them to")
         for name in sorted(set(self.layer_mixers)):
@@ -127,8 +187,8 @@ class ModelConfig:
             except ConfigError as error:
                 raise ConfigError(f"mixers.{name}.{error.key}", error.value, error.reason) from None
 
-    def _validate_part(self, name: str) -> None:
+    def _validate_part(self, name: str, method: str = "validate", *arguments: Any) -> None:
         try:
-            getattr(self, name).validate()
+            getattr(getattr(self, name), method)(*arguments)
         except ConfigError as error:
             raise ConfigError(f"{name}.{error.key}", error.value, error.reason) from None

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.lt2 import LT2
 
 
@@ -23,7 +24,7 @@ class Flops(NamedTuple):
     """Training FLOPs per token, forward and backward.
 
     model: what MFU counts. recurrence: the linear mixers' products with states and between tokens of a chunk, which
-    MFU leaves out (about 2 % at the reference sizes).
+    MFU leaves out (1 to 6 % over the recipes).
     """
 
     model: float
@@ -41,21 +42,38 @@ def count_parameters(model: LT2) -> ParameterCount:
     )
 
 
-def training_flops_per_token(model: LT2, seq_len: int) -> Flops:
+def training_flops_per_token(model: LT2, seq_len: int, n_loops: int = 0, n_backward_loops: int = 0) -> Flops:
     """FLOPs that one training step executes per token, averaged over a sequence of ``seq_len``.
 
     6 (2 forward, 4 backward) for each parameter of the blocks in every loop and of the head; for each softmax layer
-    executed, both products with the tokens it sees (causal, inside its window of that loop) three times over. Left
-    out: the embedding's look-up, recomputation, norms and gates outside of matrices, rho.
+    executed, both products with the tokens it sees (causal, inside its window of that loop) three times over. Loops
+    without gradients are their forward alone, a third of that. Left out: the embedding's look-up, recomputation, norms
+    and gates outside of matrices, rho.
+
+    Args:
+        n_loops: executed loops; 0 means all that were built.
+        n_backward_loops: gradients pass through this many of the last; 0 means through all.
     """
-    core, head = model.core, model.head_weight.numel()
-    matrices = 6.0 * (core.n_loops * sum(_size(block) for block in core.blocks) + head)
-    attention = recurrence = 0.0
-    for loop in range(core.n_loops):
+    core = model.core
+    n_loops = n_loops or core.n_loops
+    first_backward_loop = n_loops - (n_backward_loops or n_loops)
+    matrices, attention, recurrence = 6.0 * model.head_weight.numel(), 0.0, 0.0
+    for loop in range(n_loops):
+        n_passes = 3 if loop >= first_backward_loop else 1  # forward, and twice that backward
         for block in core.blocks:
-            attention += 3 * block.mixer.attention_flops(seq_len, core.window(loop))
-            recurrence += 3 * block.mixer.recurrence_flops()
+            matrices += n_passes * 2.0 * _size(block)
+            attention += n_passes * block.mixer.attention_flops(seq_len, core.window(loop))
+            recurrence += n_passes * block.mixer.recurrence_flops()
     return Flops(matrices + attention, recurrence)
+
+
+def scheduled_flops_per_token(model: LT2, seq_len: int, schedule: LoopSchedule, n_steps: int) -> Flops:
+    """`training_flops_per_token` of an average step among the first ``n_steps`` of ``schedule``."""
+    mean = [0.0, 0.0]
+    for n_loops, share in schedule.shares(n_steps).items():
+        flops = training_flops_per_token(model, seq_len, n_loops, schedule.backward_loops(n_loops))
+        mean = [total + share * part for total, part in zip(mean, flops, strict=True)]
+    return Flops(*mean)
 
 
 def _size(module: nn.Module) -> int:

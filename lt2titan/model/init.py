@@ -24,13 +24,17 @@ def build_on_meta(config: ModelConfig, backend: str) -> LT2:
         return LT2(config, backend)
 
 
-def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+def materialise(model: nn.Module, device: torch.device, seed: int, storage: torch.device | None = None) -> None:
     """Give the parameters memory on ``device`` and their initial values (LT2, arXiv 2605.20670, appendix C).
 
     Each parameter is drawn whole from a generator of its own, seeded by (seed, name), and every rank keeps its
     shard: the values depend neither on the number of ranks nor on the order of the modules.
+
+    Args:
+        device: where values are drawn; the same kind of device gives the same values.
+        storage: where parameters are kept, if elsewhere (the CPU, with offloading).
     """
-    model.to_empty(device=device)
+    model.to_empty(device=storage or device)
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,7 +46,7 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
             if isinstance(parameter, DTensor):
                 # src_data_rank=None: every rank drew the same values, nothing need be sent.
                 sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-                parameter.copy_(sharded)
+                parameter.to_local().copy_(sharded.to_local())
             else:
                 parameter.copy_(whole)
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lt2titan.model.parallel_head import embed_share
+from lt2titan.model.shares import local
 
 
 class Linear(nn.Linear):
@@ -14,6 +18,18 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.init_std = init_std
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight))
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table; where its rows are split over ranks, this rank's share of them, to be summed."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if isinstance(self.weight, DTensor):
+            return embed_share(tokens, self.weight)
+        return F.embedding(tokens, self.weight)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; torch computes it in fp32 for bf16 inputs."""
@@ -21,10 +37,13 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.sees_all_tokens = True
+        """False under sequence parallelism, where every rank norms tokens of its own."""
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = local(self.weight, is_summed=not self.sees_all_tokens)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lt2titan.model.block import Block
 from lt2titan.model.config import FULL_WINDOW, ModelConfig
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.mixers.base import State
+from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, recomputed
+from lt2titan.model.shares import local
 
 
 class LoopObserver:
     """Is shown what passes through the core, to measure it; must change nothing. Override what is of interest.
 
-    Both are called without gradient mode, on the core's own level: checkpointing, which runs blocks a second time in
+    Both are called without gradient mode, on the core's own level: checkpointing, which runs blocks and loops again in
     the backward pass, does not call them again, and compiled blocks do not know of them. Under FSDP the weights of the
-    block just visited, and those outside the core, are gathered when they are called.
+    block just visited, and those outside the core, are gathered when they are called. Under sequence parallelism hidden
+    states are those of this rank's tokens; norms (mixer_norm, the model's) return all of them.
     """
 
     def after_block(self, block: Block, x: Tensor, context: Context) -> None:
@@ -46,13 +49,19 @@ class LoopedCore(nn.Module):
         blocks = nn.ModuleList(Block(config, kind, kinds.index(kind) == i, backend) for i, kind in enumerate(kinds))
         self.blocks: list[Block] = blocks  # type: ignore[assignment]  # a ModuleList cannot name what it holds
         self.rho = nn.Parameter(torch.empty(config.n_loops, config.dim)) if config.loop.residual_gate else None
-        self.recompute_blocks = False
-        """Keep only each block's input for the backward pass; set by parallel/activation_checkpoint.py."""
+        self.sees_all_tokens = True
+        """False under sequence parallelism: the hidden states are some tokens of every row."""
+        self.recompute = KEEP_ALL
+        """What is kept for the backward pass; set by parallel/activation_checkpoint.py."""
         self.observer: LoopObserver | None = None
 
     def window(self, loop: int) -> int | None:
         """Attention window of softmax layers in a loop: 0 is full, None is each mixer's own."""
         return self.windows[loop] if self.windows else None
+
+    def residual_gate(self, loop: int) -> Tensor | None:
+        """rho (dim,) of a loop, None without."""
+        return None if self.rho is None else local(self.rho, is_summed=not self.sees_all_tokens)[loop]
 
     def forward(
         self,
@@ -74,43 +83,83 @@ class LoopedCore(nn.Module):
         # Every name is there from the start: one structure, so that a compiled block needs one graph.
         carry: Carry = {}
         for block in self.blocks:
-            carry.update(block.mixer.initial_carry(h))
+            carry.update(block.mixer.initial_carry(h, context))
+        differentiable = {name for name, value in carry.items() if value.requires_grad}
         for loop in range(n_loops):
+            if has_grad and first_backward_loop and loop in (0, first_backward_loop):
+                # As what loops without gradients are given, and those with: else compiled blocks need graphs for these
+                # two alone.
+                begins = loop == first_backward_loop
+                h = h.detach().requires_grad_(begins)
+                carry = {k: v.detach().requires_grad_(begins and k in differentiable) for k, v in carry.items()}
             with torch.set_grad_enabled(has_grad and loop >= first_backward_loop):
                 previous = h
-                h, carry = self._apply_loop(loop, h, context, carry, states)
+                plan = self.recompute.of_loop(loop, n_loops) if torch.is_grad_enabled() else KEEP_ALL
+                apply_loop = partial(self._apply_loop, loop, plan, states)
+                if plan.loops:
+                    h, carry = recomputed(apply_loop, h, context, carry, self._unobserved_again)
+                else:
+                    h, carry = apply_loop(h, context, carry)
             if self.observer is not None:
                 with torch.no_grad():
-                    self.observer.after_loop(loop, previous, h, None if self.rho is None else self.rho[loop])
+                    self.observer.after_loop(loop, previous, h, self.residual_gate(loop))
         return h
 
     def _apply_loop(
-        self, loop: int, h: Tensor, context: Context, carry: Carry, states: Sequence[Sequence[State]] | None
+        self,
+        loop: int,
+        plan: RecomputePlan,
+        states: Sequence[Sequence[State]] | None,
+        h: Tensor,
+        context: Context,
+        carry: Carry,
     ) -> tuple[Tensor, Carry]:
         """One pass over the blocks and the residual gate."""
         context = replace(context, window=self.window(loop))
         previous = h
         for layer, block in enumerate(self.blocks):
             x = h
-            if self.recompute_blocks and torch.is_grad_enabled():
-                h, carry = checkpoint(block, h, context, carry, use_reentrant=False)
+            if plan.blocks and plan.block_contexts is not None:
+                h, carry = block(h, context, carry, recompute=plan.block_contexts)
+            elif plan.blocks:
+                h, carry = recomputed(block, h, context, carry)
             else:
                 h, carry = block(h, context, carry, None if states is None else states[loop][layer])
             if self.observer is not None:
                 with torch.no_grad():
                     self.observer.after_block(block, x, context)
-        if self.rho is not None:
-            h = h + self.rho[loop] * previous
+        rho = self.residual_gate(loop)
+        if rho is not None:
+            h = h + rho * previous
         return h, carry
 
     @contextmanager
     def observed_by(self, observer: LoopObserver | None) -> Iterator[None]:
         """Show forward passes to ``observer``; None for nobody."""
-        self.observer = observer
+        before, self.observer = self.observer, observer
         try:
             yield
         finally:
-            self.observer = None
+            self.observer = before
+
+    def _unobserved_again(self) -> tuple[nullcontext[None], _Unobserved]:
+        """Contexts of a checkpoint: a loop is observed when it first runs, and not when it runs again."""
+        return nullcontext(), _Unobserved(self)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.zero_()  # rho
+
+
+class _Unobserved:
+    """`observed_by(None)`, but one object can be entered many times: a graph may be walked back more than once."""
+
+    def __init__(self, core: LoopedCore) -> None:
+        self._core = core
+        self._observers: list[LoopObserver | None] = []
+
+    def __enter__(self) -> None:
+        self._observers.append(self._core.observer)
+        self._core.observer = None
+
+    def __exit__(self, *_: object) -> None:
+        self._core.observer = self._observers.pop()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lt2titan.kernels.packing import check_cu_seqlens
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.context import Context, rotary_tables
-from lt2titan.model.head import logits, loss_sum
-from lt2titan.model.layers import Linear, RMSNorm
+from lt2titan.model.head import ChunkLoss, chunk_loss_sum, logits, loss_sum
+from lt2titan.model.layers import Embedding, Linear, RMSNorm
 from lt2titan.model.looped_core import LoopedCore
 from lt2titan.model.state import DecodeState
 
@@ -27,11 +27,13 @@ class LT2(nn.Module):
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = Embedding(config.vocab_size, config.dim)
         self.core = LoopedCore(config, backend)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         tied = config.tie_embeddings
         self.head = None if tied else Linear(config.dim, config.vocab_size, init_std=config.dim**-0.5)
+        self.chunk_loss: ChunkLoss = chunk_loss_sum
+        """Set by parallel/compile.py."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -96,7 +98,7 @@ class LT2(nn.Module):
         )
         h = self.norm(h)
         if targets is not None:
-            return loss_sum(h, self.head_weight, targets.reshape(tokens.shape))
+            return loss_sum(h, self.head_weight, targets.reshape(tokens.shape), self.chunk_loss)
         if logits_at is not None:
             return logits(h.flatten(0, 1)[logits_at], self.head_weight)
         return logits(h, self.head_weight).view(*shape, -1)

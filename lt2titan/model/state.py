@@ -140,10 +140,13 @@ def allocate(
     Recurrent states are kept in fp32 at least; everything else in ``dtype``, the dtype of the activations.
 
     Raises:
-        ValueError: there is nothing to hold, or a mixer's tensors do not start with the batch.
+        ValueError: there is nothing to hold, or a mixer's tensors do not start with the batch, or the heads are
+            split over ranks.
     """
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"a decode state needs sequences and tokens, got {batch_size} of up to {max_length}")
+    if any(block.mixer.share.n_ranks > 1 for block in model.core.blocks):
+        raise ValueError("a model split by tensor parallelism does not decode: load its checkpoint into one process")
     specs: list[list[Specs]] = []
     for loop in range(model.core.n_loops):
         specs.append([])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
 
 @contextmanager
@@ -30,3 +31,13 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group("gloo")
     yield device
     dist.destroy_process_group()
+
+
+@contextmanager
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """Be rank 0 of ``world_size`` processes that are not there: collectives return at once, with no one's data."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -6,8 +6,11 @@ import torch
 
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from lt2titan.parallel.compile import apply_compile
+from lt2titan.parallel.float8 import Float8Plan, apply_float8
 from lt2titan.parallel.fsdp import apply_fsdp
 from lt2titan.parallel.mesh import ParallelDims
+from lt2titan.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(
@@ -17,8 +20,29 @@ def parallelize(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     activation_checkpoint: str,
+    skip_last_loops: int = 0,
+    memory_budget: float = 0.5,
+    compile_backend: str = "",
+    loop_reshard: str = "per_step",
+    cpu_offload: bool = False,
+    sequence_parallel: bool = True,
+    float8: Float8Plan | None = None,
 ) -> None:
-    """Lay ``model`` out in place, in an order that matters: checkpointing first, so that what is recomputed runs
-    inside the module that FSDP keeps gathered."""
-    apply_activation_checkpoint(model, activation_checkpoint)
-    apply_fsdp(model, dims.mesh["shard"], param_dtype, reduce_dtype)
+    """Lay ``model`` out in place, in an order that matters: float8 first, because it exchanges modules; tensor
+    parallelism while parameters are plain; checkpointing before FSDP, so that what is recomputed runs inside the module
+    that FSDP keeps gathered; compilation after checkpointing, which graphs may contain, and before FSDP, whose
+    collectives stay outside of graphs."""
+    if float8 is not None:
+        apply_float8(model, float8, dims.tensor)
+    if dims.tensor > 1:
+        apply_tensor_parallel(model, dims.mesh["tensor"], sequence_parallel)
+    apply_activation_checkpoint(
+        model,
+        activation_checkpoint,
+        skip_last_loops=skip_last_loops,
+        memory_budget=memory_budget,
+        is_compiled=bool(compile_backend),
+    )
+    if compile_backend:
+        apply_compile(model, compile_backend)
+    apply_fsdp(model, dims.fsdp_mesh, param_dtype, reduce_dtype, loop_reshard, cpu_offload)

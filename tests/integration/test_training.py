@@ -22,6 +22,7 @@ EVERY_STEP = {
     "loss",
     "grad_norm",
     "lr",
+    "loops",
     "tokens_per_second",
     "tokens_seen",
     "mfu",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lt2titan.model.context import Carry, Context
+from lt2titan.model.shares import Share
 
 State = dict[str, Tensor]
 """The decode state of one (layer, loop): tensors allocated once and updated in place."""
@@ -36,12 +37,20 @@ class Mixer(nn.Module):
     rotary_dim: int = 0
     """Head width that needs RoPE tables in the context; 0 for none."""
 
+    share = Share()
+    """Of the heads, which this rank computes; set by parallel/tensor_parallel.py."""
+
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         """x (B, L, dim) -> (B, L, dim). With ``state``, x continues the sequences it holds, and it is updated."""
         raise NotImplementedError
 
-    def initial_carry(self, x: Tensor) -> Carry:
-        """What this mixer reads from the carry, for hidden states x (B, L, dim), before any layer has written it."""
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        """Parameters by name that ``n_ranks`` ranks split by heads, and the dimension that they split; all others are
+        whole on every rank. The mixer's output is then a summand: ranks split the columns of the output projection."""
+        raise NotImplementedError
+
+    def initial_carry(self, x: Tensor, context: Context) -> Carry:
+        """What this mixer reads from the carry, for hidden states x, before any layer has written it."""
         return {}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:

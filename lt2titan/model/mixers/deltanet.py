@@ -19,6 +19,7 @@ from lt2titan.model.mixers.pieces import (
     l2_norm,
     sigmoid_beta,
 )
+from lt2titan.model.shares import local
 
 
 class DeltaNet(Mixer):
@@ -31,7 +32,7 @@ class DeltaNet(Mixer):
     def __init__(self, config: DeltaNetConfig, common: Common) -> None:
         super().__init__()
         dim = common.dim
-        key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
+        key_dim, value_dim = round(config.expand_k * dim), round(config.expand_v * dim)
         self.n_heads = config.n_heads
         self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_heads
         self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
@@ -53,9 +54,9 @@ class DeltaNet(Mixer):
         beta = sigmoid_beta(self.b_proj(x), self.beta_max)
         # The gated operator with a decay of 1: unlike fla's own delta rule it takes fp32, and it is checked already.
         y, final_state = gated_delta_rule(
-            l2_norm(q.unflatten(-1, (self.n_heads, -1))),
-            l2_norm(k.unflatten(-1, (self.n_heads, -1))),
-            v.unflatten(-1, (self.n_heads, -1)),
+            l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),
+            l2_norm(k.unflatten(-1, (-1, self.head_k_dim))),
+            v.unflatten(-1, (-1, self.head_v_dim)),
             torch.zeros_like(beta),
             beta,
             initial_state=None if state is None else state["recurrent"],
@@ -66,8 +67,12 @@ class DeltaNet(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        y = F.rms_norm(y, self.o_norm.shape, self.o_norm, self.norm_eps)
+        y = F.rms_norm(y, (self.head_v_dim,), local(self.o_norm), self.norm_eps)
         return self.o_proj(y.flatten(-2)), carry
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight", "q_conv", "k_conv", "v_conv"]
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)

@@ -39,9 +39,9 @@ class Full(Mixer):
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         tables = context.rotary[self.head_dim]
-        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim)), tables)
-        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), tables)
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         window = self.window if context.window is None else context.window
         if state is None:
             y = attention(
@@ -60,11 +60,17 @@ class Full(Mixer):
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y), carry
 
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+        if self.gate_proj is not None:
+            rows.append("gate_proj.weight")
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
+
     def first_token_mass(self, x: Tensor, context: Context, queries: Tensor, counted: Tensor) -> Tensor:
         """Of ``queries`` (n,), where ``counted`` (B, n): see model/attention_mass.py. x (B, L, dim) as in forward."""
         tables = context.rotary[self.head_dim]
-        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim)), tables)
-        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), tables)
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
         window = self.window if context.window is None else context.window
         return first_token_mass(q, k, window, context.cu_seqlens, queries, counted)
 

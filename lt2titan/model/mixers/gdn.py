@@ -22,6 +22,7 @@ from lt2titan.model.mixers.pieces import (
     rate_log_decay,
     sigmoid_beta,
 )
+from lt2titan.model.shares import local
 
 
 class GDN(Mixer):
@@ -35,7 +36,7 @@ class GDN(Mixer):
         super().__init__()
         dim = common.dim
         self.n_heads, self.n_v_heads = config.n_heads, config.n_v_heads or config.n_heads
-        key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
+        key_dim, value_dim = round(config.expand_k * dim), round(config.expand_v * dim)
         self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_v_heads
         self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
         self.norm_eps, self.backend = common.norm_eps, common.backend
@@ -58,10 +59,10 @@ class GDN(Mixer):
         k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
         v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
         y, final_state = gated_delta_rule(
-            l2_norm(q.unflatten(-1, (self.n_heads, -1))),
-            l2_norm(k.unflatten(-1, (self.n_heads, -1))),
-            v.unflatten(-1, (self.n_v_heads, -1)),
-            rate_log_decay(self.a_proj(x), self.A_log, self.dt_bias),
+            l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),
+            l2_norm(k.unflatten(-1, (-1, self.head_k_dim))),
+            v.unflatten(-1, (-1, self.head_v_dim)),
+            rate_log_decay(self.a_proj(x), local(self.A_log), local(self.dt_bias)),
             sigmoid_beta(self.b_proj(x), self.beta_max),
             initial_state=None if state is None else state["recurrent"],
             cu_seqlens=context.cu_seqlens,
@@ -71,9 +72,25 @@ class GDN(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        gate = self.gate_proj(x).unflatten(-1, (self.n_v_heads, -1))
-        y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="silu", backend=self.backend)
+        gate = self.gate_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = [
+            "q_proj.weight",
+            "k_proj.weight",
+            "v_proj.weight",
+            "gate_proj.weight",
+            "a_proj.weight",
+            "b_proj.weight",
+            "q_conv",
+            "k_conv",
+            "v_conv",
+            "A_log",
+            "dt_bias",
+        ]
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim)

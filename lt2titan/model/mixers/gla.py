@@ -13,6 +13,7 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import GLAConfig
 from lt2titan.model.mixers.pieces import gla_flops
+from lt2titan.model.shares import local
 
 
 class GLA(Mixer):
@@ -24,7 +25,7 @@ class GLA(Mixer):
     def __init__(self, config: GLAConfig, common: Common) -> None:
         super().__init__()
         dim, rank = common.dim, config.decay_rank
-        key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
+        key_dim, value_dim = round(config.expand_k * dim), round(config.expand_v * dim)
         self.n_heads, self.decay_temperature = config.n_heads, config.decay_temperature
         self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_heads
         self.norm_eps, self.backend = common.norm_eps, common.backend
@@ -41,13 +42,13 @@ class GLA(Mixer):
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
         precise = torch.promote_types(x.dtype, torch.float32)
-        a = self.a_up_proj(self.a_down_proj(x)).to(precise) + self.a_bias.to(precise)
+        a = self.a_up_proj(self.a_down_proj(x)).to(precise) + local(self.a_bias).to(precise)
         log_decay = F.logsigmoid(a) / self.decay_temperature
         y, final_state = gla(
-            self.q_proj(x).unflatten(-1, (self.n_heads, -1)),
-            self.k_proj(x).unflatten(-1, (self.n_heads, -1)),
-            self.v_proj(x).unflatten(-1, (self.n_heads, -1)),
-            log_decay.unflatten(-1, (self.n_heads, -1)),
+            self.q_proj(x).unflatten(-1, (-1, self.head_k_dim)),
+            self.k_proj(x).unflatten(-1, (-1, self.head_k_dim)),
+            self.v_proj(x).unflatten(-1, (-1, self.head_v_dim)),
+            log_decay.unflatten(-1, (-1, self.head_k_dim)),
             initial_state=None if state is None else state["recurrent"],
             cu_seqlens=context.cu_seqlens,
             chunk_indices=context.chunk_indices,
@@ -56,9 +57,13 @@ class GLA(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        gate = self.gate_proj(x).unflatten(-1, (self.n_heads, -1))
-        y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="silu", backend=self.backend)
+        gate = self.gate_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "a_up_proj.weight", "a_bias"]
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         return {"recurrent": StateSpec((batch_size, self.n_heads, self.head_k_dim, self.head_v_dim), torch.float32)}

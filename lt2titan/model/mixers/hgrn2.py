@@ -11,7 +11,8 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import HGRN2Config
-from lt2titan.model.mixers.pieces import gla_flops
+from lt2titan.model.mixers.pieces import gla_flops, shared_rms_norm
+from lt2titan.model.shares import local
 
 
 class HGRN2(Mixer):
@@ -37,10 +38,10 @@ class HGRN2(Mixer):
         f = self.f_proj(x).to(torch.promote_types(x.dtype, torch.float32))
         k = torch.sigmoid(-f).to(x.dtype)  # 1 - sigmoid(f) without its cancellation
         y, final_state = gla(
-            F.silu(self.q_proj(x)).unflatten(-1, (self.n_heads, -1)),
-            k.unflatten(-1, (self.n_heads, -1)),
-            self.i_proj(x).unflatten(-1, (self.n_heads, -1)),
-            F.logsigmoid(f).unflatten(-1, (self.n_heads, -1)),
+            F.silu(self.q_proj(x)).unflatten(-1, (-1, self.head_dim)),
+            k.unflatten(-1, (-1, self.head_dim)),
+            self.i_proj(x).unflatten(-1, (-1, self.head_dim)),
+            F.logsigmoid(f).unflatten(-1, (-1, self.head_dim)),
             initial_state=None if state is None else state["recurrent"],
             cu_seqlens=context.cu_seqlens,
             chunk_indices=context.chunk_indices,
@@ -49,8 +50,11 @@ class HGRN2(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        y = F.rms_norm(y.flatten(-2), self.o_norm.shape, self.o_norm, self.norm_eps)
+        y = shared_rms_norm(y.flatten(-2), local(self.o_norm), self.norm_eps, self.share)
         return self.o_proj(y), carry
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        return {"q_proj.weight": 0, "f_proj.weight": 0, "i_proj.weight": 0, "o_norm": 0, "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         return {"recurrent": StateSpec((batch_size, self.n_heads, self.head_dim, self.head_dim), torch.float32)}

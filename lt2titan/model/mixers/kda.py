@@ -22,6 +22,7 @@ from lt2titan.model.mixers.pieces import (
     rate_log_decay,
     sigmoid_beta,
 )
+from lt2titan.model.shares import local
 
 
 class KDA(Mixer):
@@ -34,7 +35,7 @@ class KDA(Mixer):
 
     def __init__(self, config: KDAConfig, common: Common) -> None:
         super().__init__()
-        dim, value_dim = common.dim, int(config.expand_v * common.dim)
+        dim, value_dim = common.dim, round(config.expand_v * common.dim)
         self.n_heads, self.n_v_heads = config.n_heads, config.n_v_heads or config.n_heads
         self.head_k_dim, self.head_v_dim = dim // self.n_heads, value_dim // self.n_v_heads
         self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
@@ -63,9 +64,9 @@ class KDA(Mixer):
         k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
         v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
         y, final_state = kda(
-            l2_norm(q.unflatten(-1, (self.n_heads, -1))),
-            l2_norm(k.unflatten(-1, (self.n_heads, -1))),
-            v.unflatten(-1, (self.n_v_heads, -1)),
+            l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),
+            l2_norm(k.unflatten(-1, (-1, self.head_k_dim))),
+            v.unflatten(-1, (-1, self.head_v_dim)),
             self._log_decay(x),
             sigmoid_beta(self.b_proj(x), self.beta_max),
             bounded=self.bounded_gate,
@@ -77,18 +78,35 @@ class KDA(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        gate = (self.gate_up_proj(self.gate_down_proj(x)) + self.gate_bias).unflatten(-1, (self.n_v_heads, -1))
-        y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="sigmoid", backend=self.backend)
+        gate = (self.gate_up_proj(self.gate_down_proj(x)) + local(self.gate_bias)).unflatten(-1, (-1, self.head_v_dim))
+        y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="sigmoid", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """(B, L, HV, K) in fp32, or fp64."""
-        a = self.a_up_proj(self.a_down_proj(x)).unflatten(-1, (self.n_v_heads, -1))
-        A_log, dt_bias = self.A_log.unsqueeze(-1), self.dt_bias.unflatten(0, (self.n_v_heads, -1))
+        a = self.a_up_proj(self.a_down_proj(x)).unflatten(-1, (-1, self.head_k_dim))
+        A_log, dt_bias = local(self.A_log).unsqueeze(-1), local(self.dt_bias).unflatten(0, (-1, self.head_k_dim))
         if not self.bounded_gate:
             return rate_log_decay(a, A_log, dt_bias)
         precise = torch.promote_types(a.dtype, torch.float32)
         return self.lower_bound * torch.sigmoid(A_log.to(precise).exp() * (a.to(precise) + dt_bias.to(precise)))
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = [
+            "q_proj.weight",
+            "k_proj.weight",
+            "v_proj.weight",
+            "a_up_proj.weight",
+            "b_proj.weight",
+            "gate_up_proj.weight",
+            "q_conv",
+            "k_conv",
+            "v_conv",
+            "A_log",
+            "dt_bias",
+            "gate_bias",
+        ]
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim)

@@ -18,7 +18,9 @@ from lt2titan.model.mixers.pieces import (
     init_A_log,
     init_convolution,
     init_dt_bias,
+    shared_rms_norm,
 )
+from lt2titan.model.shares import local
 
 
 class Mamba2(Mixer):
@@ -32,7 +34,7 @@ class Mamba2(Mixer):
         super().__init__()
         dim = common.dim
         self.n_heads, self.n_groups, self.state_size = config.n_heads, config.n_groups, config.state_size
-        inner_dim, group_dim = int(config.expand * dim), self.n_groups * self.state_size
+        inner_dim, group_dim = round(config.expand * dim), self.n_groups * self.state_size
         self.head_dim = inner_dim // self.n_heads
         self.norm_eps, self.backend, self.conv_size = common.norm_eps, common.backend, config.conv_size
         self.x_proj = Linear(dim, inner_dim, init_std=dim**-0.5)
@@ -53,18 +55,18 @@ class Mamba2(Mixer):
         self.o_norm = nn.Parameter(torch.empty(inner_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        values = self._convolve("x", self.x_proj(x), context, state).unflatten(-1, (self.n_heads, -1))
-        k = self._convolve("b", self.b_proj(x), context, state).unflatten(-1, (self.n_groups, -1))
-        q = self._convolve("c", self.c_proj(x), context, state).unflatten(-1, (self.n_groups, -1))
+        values = self._convolve("x", self.x_proj(x), context, state).unflatten(-1, (-1, self.head_dim))
+        k = self._groups(self._convolve("b", self.b_proj(x), context, state))
+        q = self._groups(self._convolve("c", self.c_proj(x), context, state))
         # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
         dt = self.dt_proj(x)
         precise = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(precise) + self.dt_bias.to(precise))  # (B, L, H)
+        dt = F.softplus(dt.to(precise) + local(self.dt_bias).to(precise))  # (B, L, H)
         y, final_state = simple_gla(
             q,
             k,
             (values * dt.unsqueeze(-1)).to(values.dtype),
-            -self.A_log.to(precise).exp() * dt,
+            -local(self.A_log).to(precise).exp() * dt,
             scale=1.0,
             initial_state=None if state is None else state["recurrent"],
             cu_seqlens=context.cu_seqlens,
@@ -74,14 +76,41 @@ class Mamba2(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        y = y + self.D.to(y.dtype).unsqueeze(-1) * values
+        y = y + local(self.D).to(y.dtype).unsqueeze(-1) * values
         y = y.flatten(-2) * F.silu(self.gate_proj(x))
-        y = F.rms_norm(y.unflatten(-1, (self.n_groups, -1)), (y.shape[-1] // self.n_groups,), eps=self.norm_eps)
-        return self.o_proj(y.flatten(-2) * self.o_norm), carry
+        y = self._norm(y) * local(self.o_norm)
+        return self.o_proj(y), carry
+
+    def _groups(self, x: Tensor) -> Tensor:
+        """B or C -> (B, L, G, N), of the groups that this rank's heads read."""
+        x = x.unflatten(-1, (-1, self.state_size))
+        if self._splits_groups(self.share.n_ranks):
+            return x  # they came split
+        group = self.share.rank * self.n_groups // self.share.n_ranks
+        return x[:, :, group : group + 1]
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """RMS norm of y (B, L, inner) over each group of heads, which several ranks may share."""
+        if self._splits_groups(self.share.n_ranks):
+            width = self.n_heads * self.head_dim // self.n_groups
+            return F.rms_norm(y.unflatten(-1, (-1, width)), (width,), eps=self.norm_eps).flatten(-2)
+        n_sharing = self.share.n_ranks // self.n_groups
+        return shared_rms_norm(y, None, self.norm_eps, self.share, n_sharing)
+
+    def _splits_groups(self, n_ranks: int) -> bool:
+        """Each rank has groups of its own; else each group has ranks of its own."""
+        return self.n_groups % n_ranks == 0
 
     def _convolve(self, name: str, x: Tensor, context: Context, state: State | None) -> Tensor:
         weight, bias = getattr(self, f"{name}_conv"), getattr(self, f"{name}_conv_bias")
         return convolve(x, weight, context, state, f"{name}_conv", self.backend, bias)
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        rows = ["x_proj.weight", "dt_proj.weight", "gate_proj.weight"]
+        rows += ["x_conv", "x_conv_bias", "A_log", "dt_bias", "D", "o_norm"]
+        if self._splits_groups(n_ranks):
+            rows += ["b_proj.weight", "c_proj.weight", "b_conv", "b_conv_bias", "c_conv", "c_conv_bias"]
+        return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_heads, self.state_size, self.head_dim)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Context
 from lt2titan.model.mixers.base import State, StateSpec
+from lt2titan.model.shares import Share, all_sum, local
 
 CHUNK = 64
 """Tokens per chunk that FLOPs of recurrences are counted for."""
@@ -32,8 +33,8 @@ def convolve(
     taps = None if state is None else state[name]
     y, final_taps = short_convolution(
         x,
-        weight,
-        bias=bias,
+        local(weight),
+        bias=None if bias is None else local(bias),
         initial_state=taps,
         cu_seqlens=context.cu_seqlens,
         chunk_indices=context.chunk_indices,
@@ -59,6 +60,25 @@ def l2_norm(x: Tensor) -> Tensor:
     """
     width = x.shape[-1]
     return F.rms_norm(x, (width,), eps=1e-6 / width) * width**-0.5
+
+
+def shared_rms_norm(x: Tensor, weight: Tensor | None, eps: float, share: Share, n_sharing: int = 0) -> Tensor:
+    """RMS norm of x (B, L, D) over channels of which this rank has D, and weight (D,) of them.
+
+    Args:
+        n_sharing: neighbouring ranks that have the normed channels together; 0 means all of ``share``.
+    """
+    if share.n_ranks == 1:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    n_sharing = n_sharing or share.n_ranks
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = precise.square().sum(dim=-1, keepdim=True)
+    # One sum over all ranks, with a place for each set of them: the sets need no process groups.
+    place, n_places = share.rank // n_sharing, share.n_ranks // n_sharing
+    sums = all_sum(F.pad(squares, (place, n_places - 1 - place)), share)
+    mean = sums[..., place : place + 1] / (n_sharing * x.shape[-1])
+    y = (precise * torch.rsqrt(mean + eps)).to(x.dtype)
+    return y if weight is None else y * weight
 
 
 def rate_log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RetNetConfig
 from lt2titan.model.mixers.pieces import gla_flops
+from lt2titan.model.shares import local
 
 
 class RetNet(Mixer):
@@ -24,7 +25,7 @@ class RetNet(Mixer):
         super().__init__()
         dim = common.dim
         self.n_heads = config.n_heads
-        key_dim, value_dim = int(config.expand_k * dim), int(config.expand_v * dim)
+        key_dim, value_dim = round(config.expand_k * dim), round(config.expand_v * dim)
         self.head_k_dim, self.head_v_dim = key_dim // self.n_heads, value_dim // self.n_heads
         self.rotary_dim = self.head_k_dim
         self.norm_eps, self.backend = common.norm_eps, common.backend
@@ -37,10 +38,11 @@ class RetNet(Mixer):
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         tables = context.rotary[self.head_k_dim]
-        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.n_heads, -1)), tables)
-        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.n_heads, -1)), tables)
-        v = self.v_proj(x).unflatten(-1, (self.n_heads, -1))
-        log_decay = log_decays(self.n_heads, x.device).to(torch.promote_types(x.dtype, torch.float32))
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_k_dim)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_k_dim)), tables)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        log_decay = log_decays(self.n_heads, x.device)[self.share.of(self.n_heads)]
+        log_decay = log_decay.to(torch.promote_types(x.dtype, torch.float32))
         y, final_state = simple_gla(
             q,
             k,
@@ -54,9 +56,12 @@ class RetNet(Mixer):
         )
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
-        gate = self.gate_proj(x).unflatten(-1, (self.n_heads, -1))
-        y = gated_rms_norm(y, gate, self.o_norm, eps=self.norm_eps, activation="silu", backend=self.backend)
+        gate = self.gate_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
+
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        return {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "gate_proj.weight": 0, "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         recurrent = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)

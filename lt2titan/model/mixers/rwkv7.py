@@ -15,6 +15,7 @@ from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RWKV7Config
 from lt2titan.model.mixers.pieces import CHUNK, l2_norm
 from lt2titan.model.mixers.token_shift import token_shift
+from lt2titan.model.shares import local
 
 FIRST_VALUE = "rwkv7_first_value"
 """Name in the carry of the first RWKV-7 layer's values (B, L, dim)."""
@@ -64,23 +65,23 @@ class RWKV7(Mixer):
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         before, last = token_shift(x, None if state is None else state["shift"], context.cu_seqlens)
         delta = before - x
-        r = self.r_proj(x + delta * self.x_r)
-        k = self.k_proj(x + delta * self.x_k)
-        x_v = x + delta * self.x_v
+        r = self.r_proj(x + delta * local(self.x_r))
+        k = self.k_proj(x + delta * local(self.x_k))
+        x_v = x + delta * local(self.x_v)
         v = self.v_proj(x_v)
         if self.is_first:
             carry = {**carry, FIRST_VALUE: v}
         else:
-            v = torch.lerp(v, carry[FIRST_VALUE], torch.sigmoid(self.v_lora(x_v) + self.v_bias))
+            v = torch.lerp(v, carry[FIRST_VALUE], torch.sigmoid(self.v_lora(x_v) + local(self.v_bias)))
         # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
         precise = torch.promote_types(x.dtype, torch.float32)
-        w = self.w_lora(x + delta * self.x_w, torch.tanh).to(precise) + self.w_bias.to(precise)
+        w = self.w_lora(x + delta * local(self.x_w), torch.tanh).to(precise) + local(self.w_bias).to(precise)
         log_decay = LOWEST_LOG_DECAY * torch.sigmoid(w)
-        a = torch.sigmoid(self.a_lora(x + delta * self.x_a) + self.a_bias)
-        gate = self.gate_lora(x + delta * self.x_g, torch.sigmoid)
+        a = torch.sigmoid(self.a_lora(x + delta * local(self.x_a)) + local(self.a_bias))
+        gate = self.gate_lora(x + delta * local(self.x_g), torch.sigmoid)
 
-        erase_key = l2_norm(self._heads(k * self.k_k))
-        k = self._heads(k * (1 + (a - 1) * self.k_a))
+        erase_key = l2_norm(self._heads(k * local(self.k_k)))
+        k = self._heads(k * (1 + (a - 1) * local(self.k_a)))
         r, v = self._heads(r), self._heads(v)
         y, final_state = dplr_delta_rule(
             r,
@@ -99,17 +100,28 @@ class RWKV7(Mixer):
         if state is not None and final_state is not None:
             state["recurrent"].copy_(final_state)
             state["shift"].copy_(last)
-        rows = y.reshape(-1, self.n_heads * self.head_dim)
-        y = F.group_norm(rows, self.n_heads, self.o_norm, self.o_norm_bias, self.group_norm_eps).view(x.shape)
-        bonus = (r * k * self._heads(self.r_k)).sum(dim=-1, keepdim=True) * v
+        y, n_heads = y.flatten(-2), y.shape[-2]
+        o_norm, o_norm_bias = local(self.o_norm), local(self.o_norm_bias)
+        y = F.group_norm(y.flatten(0, -2), n_heads, o_norm, o_norm_bias, self.group_norm_eps).view(y.shape)
+        bonus = (r * k * self._heads(local(self.r_k))).sum(dim=-1, keepdim=True) * v
         return self.o_proj((y + bonus.flatten(-2)) * gate), carry
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1))
+        return x.unflatten(-1, (-1, self.head_dim))
 
-    def initial_carry(self, x: Tensor) -> Carry:
-        # With x's requires_grad, like what replaces it: otherwise a compiled block would need a second graph.
-        return {FIRST_VALUE: x.new_zeros(x.shape, requires_grad=x.requires_grad)}
+    def split_parameters(self, n_ranks: int) -> dict[str, int]:
+        names = ["r_proj", "k_proj", "v_proj", "w_lora.up_proj", "a_lora.up_proj", "gate_lora.up_proj"]
+        own = ["w_bias", "a_bias", "k_k", "k_a", "r_k", "o_norm", "o_norm_bias"]
+        if not self.is_first:
+            names.append("v_lora.up_proj")
+            own.append("v_bias")
+        return {**dict.fromkeys([*(f"{name}.weight" for name in names), *own], 0), "o_proj.weight": 1}
+
+    def initial_carry(self, x: Tensor, context: Context) -> Carry:
+        # Of the shape and with x's requires_grad, like what replaces it: otherwise a compiled block would need a second
+        # graph. x may have some of the tokens only.
+        shape = (*context.positions.shape, self.n_heads * self.head_dim // self.share.n_ranks)
+        return {FIRST_VALUE: x.new_zeros(shape, requires_grad=x.requires_grad)}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         return {

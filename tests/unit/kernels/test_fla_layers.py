@@ -25,18 +25,39 @@ import triton_interpreter
 
 from lt2titan.model.context import Context, rotary_tables
 from lt2titan.model.mixers.base import Common, Mixer
-from lt2titan.model.mixers.config import DeltaNetConfig, GDNConfig, GLAConfig, HGRN2Config, RetNetConfig
+from lt2titan.model.mixers.config import (
+    DeltaNetConfig,
+    GDNConfig,
+    GLAConfig,
+    HGRN2Config,
+    KDAConfig,
+    RetNetConfig,
+    RWKV7Config,
+)
 from lt2titan.model.mixers.deltanet import DeltaNet
 from lt2titan.model.mixers.gdn import GDN
 from lt2titan.model.mixers.gla import GLA
 from lt2titan.model.mixers.hgrn2 import HGRN2
+from lt2titan.model.mixers.kda import KDA
 from lt2titan.model.mixers.retnet import RetNet
+from lt2titan.model.mixers.rwkv7 import FIRST_VALUE, RWKV7
 
 triton_interpreter.install()
 
 DIM, EPS = 32, 1e-5
 COMMON = Common(DIM, EPS, is_first=True, backend="reference")
-LENGTH = {"retnet": 70, "gla": 70, "hgrn2": 70, "deltanet": 60, "gdn": 70}
+LENGTH = {
+    "retnet": 70,
+    "gla": 70,
+    "hgrn2": 70,
+    "deltanet": 60,
+    "gdn": 70,
+    "kda": 70,
+    "kda bounded": 70,
+    "kda grouped": 70,
+    "rwkv7": 70,
+    "rwkv7 later": 70,
+}
 """Above 64 tokens fla's layers run chunk by chunk, below token by token. Its delta rule in chunks refuses fp32."""
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -89,6 +110,35 @@ def pair(name: str) -> Pair:
             {"num_heads": 2, "allow_neg_eigval": True},
             {**CONVOLUTIONS, "o_norm": "o_norm.weight"},
         )
+    if name.startswith("kda"):
+        n_v_heads, bounded = (4 if "grouped" in name else 2), "bounded" in name
+        config = KDAConfig(
+            n_heads=2, n_v_heads=n_v_heads, expand_v=n_v_heads / 2, bounded_gate=bounded, allow_neg_eigval=True
+        )
+        return Pair(
+            KDA(config, COMMON),
+            "KimiDeltaAttention",
+            {
+                "head_dim": DIM // 2,
+                "num_heads": 2,
+                "num_v_heads": n_v_heads,
+                "expand_v": 1.0,
+                "allow_neg_eigval": True,
+                "safe_gate": bounded,
+                "lower_bound": -5.0 if bounded else None,
+            },
+            {
+                **CONVOLUTIONS,
+                "a_down_proj.weight": "f_proj.0.weight",
+                "a_up_proj.weight": "f_proj.1.weight",
+                "gate_down_proj.weight": "g_proj.0.weight",
+                "gate_up_proj.weight": "g_proj.1.weight",
+                "gate_bias": "g_proj.1.bias",
+                "o_norm": "o_norm.weight",
+            },
+        )
+    if name.startswith("rwkv7"):
+        return rwkv7_pair(is_first="later" not in name)
     return Pair(
         GDN(GDNConfig(n_heads=2, expand_k=0.75, expand_v=1.5), COMMON),
         "GatedDeltaNet",
@@ -97,12 +147,30 @@ def pair(name: str) -> Pair:
     )
 
 
+def rwkv7_pair(is_first: bool) -> Pair:
+    ranks = {"decay": 4, "a": 5, "v": 6, "gate": 7}
+    own = RWKV7(
+        RWKV7Config(head_dim=DIM // 2, **{f"{name}_rank": rank for name, rank in ranks.items()}),
+        COMMON._replace(is_first=is_first),
+    )
+    names = {"o_norm": "g_norm.weight", "o_norm_bias": "g_norm.bias"}
+    names |= {f"{name}_bias": f"{name}_lora.lora.2.bias" for name in "wav"}
+    for name, _ in own.named_parameters():
+        if "lora" in name:
+            theirs = name.replace("gate_lora", "g_lora").replace("down_proj", "lora.0").replace("up_proj", "lora.2")
+            names[name] = theirs
+    arguments = {f"{name}_low_rank_dim": rank for name, rank in ranks.items()}
+    arguments |= {"head_dim": DIM // 2, "num_hidden_layers": 3, "layer_idx": 0 if is_first else 1}
+    return Pair(own, "RWKV7Attention", arguments, names)
+
+
 def build(name: str) -> tuple[Mixer, nn.Module, dict[str, str]]:
     """Ours and theirs with the same parameters, and their names for all of them."""
     import fla.layers
 
+    triton_interpreter.patch_loops()
     own, layer, arguments, names = pair(name)
-    theirs = getattr(fla.layers, layer)(hidden_size=DIM, norm_eps=EPS, layer_idx=0, **arguments)
+    theirs = getattr(fla.layers, layer)(**{"hidden_size": DIM, "norm_eps": EPS, "layer_idx": 0, **arguments})
     generator = torch.Generator().manual_seed(0)
     names = {name: names.get(name, name) for name, _ in own.named_parameters()}
     expected = dict(theirs.named_parameters())
@@ -128,18 +196,22 @@ def test_outputs_and_gradients_match(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, LENGTH[name], DIM, generator=generator, requires_grad=True)
     weights = torch.randn(1, LENGTH[name], DIM, generator=generator)
-    y, _ = own(x, context(x, own), {})
-    expected = theirs(x)[0]
-    torch.testing.assert_close(y, expected, **TOLERANCE)
+    # RWKV-7's later layers mix in the first layer's values, which ours take from the carry.
+    first = torch.randn(1, LENGTH[name], DIM, generator=generator)
+    y, _ = own(x, context(x, own), {FIRST_VALUE: first})
+    expected = theirs(x, **({"v_first": first} if "rwkv7" in name else {}))[0]
+    tolerance = {"rtol": 2e-5, "atol": 2e-5 * float(expected.detach().abs().max().clamp(min=1))}
+    torch.testing.assert_close(y, expected, **tolerance)
     dx, *grads = torch.autograd.grad((y * weights).sum(), [x, *own.parameters()])
     expected_parameters = [theirs.get_parameter(theirs_name) for theirs_name in names.values()]
     expected_dx, *expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *expected_parameters])
-    torch.testing.assert_close(dx, expected_dx, **TOLERANCE)
-    for ours, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
-        assert (grad.flatten() - expected_grad.flatten()).norm() / expected_grad.norm() < 2e-5, ours
+    # fla's layer for RWKV-7 inverts its chunks' matrices in fp16 even for fp32 inputs, which shows in the gradients.
+    limit = 5e-4 if "rwkv7" in name else 2e-5
+    for ours, grad, expected_grad in zip(["x", *names], [dx, *grads], [expected_dx, *expected_grads], strict=True):
+        assert (grad.flatten() - expected_grad.flatten()).norm() / expected_grad.norm() < limit, ours
 
 
-@pytest.mark.parametrize("name", LENGTH)
+@pytest.mark.parametrize("name", [name for name in LENGTH if name != "rwkv7 later"])  # fla's cache wants layer 0
 def test_cached_decoding_matches(name: str) -> None:
     from fla.models.utils import Cache
 
@@ -151,5 +223,5 @@ def test_cached_decoding_matches(name: str) -> None:
     with torch.no_grad():
         for start, piece in zip([0, 6, 7, 8], x.split([6, 1, 1, 1], dim=1), strict=True):
             y, _ = own(piece, context(piece, own, start), {}, state)
-            expected, _, cache = theirs(piece, past_key_values=cache, use_cache=True)
+            expected, _, cache, *_ = theirs(piece, past_key_values=cache, use_cache=True)
             torch.testing.assert_close(y, expected, **TOLERANCE)

@@ -71,6 +71,15 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture) -> None:
         assert command.main(["--device", "cuda"]) == 2
 
 
+def test_nothing_to_check_is_not_a_success(capsys: pytest.CaptureFixture) -> None:
+    assert command.main(["--operators", "--device", "cpu"]) == 2
+    assert command.main(["--dtypes", "--device", "cpu"]) == 2
+    assert "nothing is checked" in capsys.readouterr().err
+    assert command.main(["--json", "/no/such/folder/report.json"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--device", "cuda:0"])
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_cases_cover_what_breaks_kernels(operator: str) -> None:
     cases: list[Case] = list(cases_of(operator, torch.bfloat16, "fla"))
@@ -82,6 +91,7 @@ def test_the_cases_cover_what_breaks_kernels(operator: str) -> None:
     assert any(1 in case.documents for case in cases)
     if operator != "attention":
         assert any(case.state for case in cases)
+    assert any(case.decode for case in cases)
     if operator not in ("attention", "short_convolution"):
         assert {case.decay for case in cases} == {"mixed", "near_one", "near_zero"}
         assert any(case.decode for case in cases) and any(case.sizes.H == 1 for case in cases)

@@ -39,6 +39,13 @@ def install() -> None:
     # On a GPU a product of three bf16 parts; the interpreter knows no such precision.
     fla.ops.kda.chunk_intra.SAFE_GATE_DOT_PRECISION = tl.constexpr("ieee")
 
+    patch_loops()
+
+
+def patch_loops() -> None:
+    """Give `range` and `gather` to the kernels of every module of fla that has been imported so far."""
+    import triton.language as tl
+
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.") and getattr(module, "tl", None) is tl:
             module.range = _range  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ def record(step: int, **changes: Any) -> TrainingRecord:
         "loss": 2.34567,
         "grad_norm": 0.9876,
         "lr": 3e-4,
+        "loops": 4,
         "tokens_per_second": 12345.6,
         "tokens_seen": step,
         "mfu": 0.4567,

@@ -12,6 +12,7 @@ from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.looped_core import LoopObserver
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.model.recompute import RecomputePlan
 
 CPU = torch.device("cpu")
 
@@ -64,7 +65,7 @@ def hidden_states(model: LT2, tokens: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("n_loops", [1, 3])
 def test_figures_are_those_of_all_tokens_of_all_microbatches(n_loops: int, is_gated: bool, recompute: bool) -> None:
     model = build(n_loops, is_gated)
-    model.core.recompute_blocks = recompute
+    model.core.recompute = RecomputePlan(blocks=recompute)
     statistics = LoopStatistics(n_loops, CPU)
     for tokens in batches():
         with model.core.observed_by(statistics):
@@ -80,6 +81,19 @@ def test_figures_are_those_of_all_tokens_of_all_microbatches(n_loops: int, is_ga
         if model.core.rho is not None:
             expected[f"rho/loop_{t}"] = model.core.rho[t - 1].abs().mean().item()
     assert figures == pytest.approx(expected, rel=1e-12)
+
+
+def test_loops_that_do_not_run_are_left_out() -> None:
+    model = build(n_loops=3)
+    statistics = LoopStatistics(3, CPU)
+    with model.core.observed_by(statistics):
+        model(batches()[0], n_loops=2, n_backward_loops=1)
+    fewer = statistics.figures()
+    statistics = LoopStatistics(3, CPU)
+    with model.core.observed_by(statistics):
+        model(batches()[0])
+    assert fewer == {name: value for name, value in statistics.figures().items() if not name.endswith("loop_3")}
+    assert len(fewer) == 6
 
 
 def test_being_observed_changes_nothing() -> None:

@@ -23,6 +23,7 @@ def record(step: int, loss: float | None = None) -> TrainingRecord:
         loss=1 / step if loss is None else loss,
         grad_norm=0.5,
         lr=3e-4,
+        loops=4,
         tokens_per_second=1000.0,
         tokens_seen=64 * step,
         mfu=None,

@@ -37,6 +37,7 @@ def write_run(folder: Path, steps: int = 6, *, diagnosed: bool = True, nan_step:
                 loss=loss,
                 grad_norm=5.0 * step,
                 lr=1e-3,
+                loops=4,
                 tokens_per_second=1.0,
                 tokens_seen=step,
                 mfu=None,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from model_zoo import ZOO, build
 
+from lt2titan.model.recompute import RecomputePlan
+
 TOKENS = torch.randint(0, 19, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -24,7 +26,7 @@ def test_fewer_loops_use_the_first_rows_of_rho(kind: str, n_loops: int) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_through_the_last_loops_are_those_of_a_detached_start(recompute: bool) -> None:
     model = build(ZOO["gdn+full"])
-    model.core.recompute_blocks = recompute
+    model.core.recompute = RecomputePlan(blocks=recompute)
     model(TOKENS, targets=TOKENS, n_backward_loops=1).backward()
     got = {name: p.grad for name, p in model.named_parameters()}
 

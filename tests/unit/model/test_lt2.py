@@ -12,6 +12,7 @@ from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.context import rotary_tables
 from lt2titan.model.head import CHUNK, IGNORE_INDEX, loss_sum
 from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.recompute import RecomputePlan
 
 kinds = pytest.mark.parametrize("kind", ZOO)
 
@@ -94,7 +95,7 @@ def test_block_recomputation_changes_no_gradient() -> None:
     gradients = []
     for recompute in (False, True):
         model = build(ZOO["gdn+full"])
-        model.core.recompute_blocks = recompute
+        model.core.recompute = RecomputePlan(blocks=recompute)
         model(tokens, targets=tokens).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in gradients[0].items():

@@ -1,4 +1,5 @@
-"""Two sharded processes against one whole model: values, gradients, and how often parameters travel."""
+"""Sharded and replicated processes against one whole model: ten optimizer steps, gradients, and how often parameters
+and gradients travel."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,22 +18,40 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from lt2titan.checkpoint.config import CheckpointConfig
+from lt2titan.checkpoint.manager import CheckpointManager
+from lt2titan.data.packing import Batch
+from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.optim.config import OptimizerConfig
+from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.config import ParallelismConfig
-from lt2titan.parallel.fsdp import reshard
+from lt2titan.parallel.fsdp import FSDPPlan, kept_gathered, plan_fsdp, reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 from lt2titan.trainer import clip_grad_norm
 
 CPU = torch.device("cpu")
-N_LAYERS = 3
+N_LAYERS = 2
+GROUPS = N_LAYERS + 1  # one per block and one for the rest
+N_LOOPS, N_ROWS, N_STEPS = 3, 8, 10
 
 
-def config(n_loops: int = 4) -> ModelConfig:
-    # Three rows of rho and odd widths: shards of unequal and of no size.
+class Case(NamedTuple):
+    """A way to train on the same N_ROWS rows per step."""
+
+    loop_reshard: str = "per_step"
+    n_microbatches: int = 1
+    defers: bool = False
+    replicate: int = 1
+    cpu_offload: bool = False
+
+
+def model_config(n_loops: int) -> ModelConfig:
+    # Rows of rho and odd widths: shards of unequal and of no size.
     return ModelConfig(
         vocab_size=37,
         dim=16,
@@ -39,87 +59,299 @@ def config(n_loops: int = 4) -> ModelConfig:
         n_loops=n_loops,
         ffn_dim=20,
         mixer="gdn",
-        hybrid=HybridConfig(mixer="full", ratio=2),
+        hybrid=HybridConfig(mixer="full", ratio=1),
         mixers=MixersConfig(full=FullConfig(n_heads=2), gdn=GDNConfig(n_heads=2)),
     )
 
 
-def batch() -> torch.Tensor:
-    return torch.randint(0, 37, (4, 17), generator=torch.Generator().manual_seed(0))
+def rows(step: int = 0) -> torch.Tensor:
+    return torch.randint(0, 37, (N_ROWS, 9), generator=torch.Generator().manual_seed(step))
 
 
 def loss_of(model: LT2, rows: torch.Tensor) -> torch.Tensor:
-    return model(rows[:, :-1], targets=rows[:, 1:]) / (4 * 16)
+    return model(rows[:, :-1], targets=rows[:, 1:]) / (N_ROWS * 8)
 
 
-def whole_model(n_loops: int = 4) -> LT2:
-    model = build_on_meta(config(n_loops), "reference")
+def whole_model(n_loops: int) -> LT2:
+    model = build_on_meta(model_config(n_loops), "reference")
     materialise(model, CPU, seed=3)
     return model
 
 
-def sharded_model(n_loops: int = 4) -> LT2:
-    model = build_on_meta(config(n_loops), "reference")
-    dims = ParallelDims.build(ParallelismConfig(), "cpu")
-    parallelize(model, dims, param_dtype=torch.float32, reduce_dtype=torch.float32, activation_checkpoint="none")
-    materialise(model, CPU, seed=3)
+def sharded_model(n_loops: int, case: Case) -> LT2:
+    model = build_on_meta(model_config(n_loops), "reference")
+    dims = ParallelDims.build(ParallelismConfig(data_parallel_replicate_degree=case.replicate), "cpu")
+    parallelize(
+        model,
+        dims,
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+        activation_checkpoint="none",
+        loop_reshard=case.loop_reshard,
+        cpu_offload=case.cpu_offload,
+    )
+    materialise(model, CPU, seed=3, storage=CPU)
     return model
+
+
+def backward(model: LT2, case: Case, step: int = 0) -> torch.Tensor:
+    """This rank's share of a step's rows, as the trainer runs them; returns its loss."""
+    total = torch.zeros(())
+    mine = rows(step).chunk(dist.get_world_size())[dist.get_rank()]
+    microbatches = mine.chunk(case.n_microbatches)
+    assert len(microbatches) == case.n_microbatches
+    for i, microbatch in enumerate(microbatches, start=1):
+        if case.defers:
+            set_gradient_sync(model, i == case.n_microbatches)
+        loss = loss_of(model, microbatch)
+        loss.backward()
+        total += loss.detach()
+    reshard(model)
+    return total
 
 
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def collectives(work: Callable[[], None]) -> Counter[str]:
-    """How often ``work`` calls each collective. By the profiler: a dispatch mode cannot look inside torch.func.vjp,
-    which the reference operators use in their backward pass."""
+class Truth(NamedTuple):
+    """Of one process: ten losses, the first step's gradients and norms, and the parameters after the last."""
+
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]
+    norms: tuple[torch.Tensor, ...]
+    parameters: dict[str, torch.Tensor]
+
+
+def train(model: LT2, run: Callable[[int], torch.Tensor]) -> Truth:
+    # AdamW turns rounding of a gradient near zero into a step of its own size: eps is above it.
+    optimizer = build_optimizer(model, OptimizerConfig(lr=3e-4, eps=1e-6))
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    norms: tuple[torch.Tensor, ...] = ()
+    for step in range(N_STEPS):
+        losses.append(run(step).item())
+        step_norms = clip_grad_norm(model, 0.1)
+        if step == 0:
+            gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+            norms = tuple(step_norms)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Truth(losses, gradients, norms, {name: whole(p).detach() for name, p in model.named_parameters()})
+
+
+@cache
+def one_process() -> Truth:
+    model = whole_model(N_LOOPS)
+
+    def run(step: int) -> torch.Tensor:
+        loss = loss_of(model, rows(step))
+        loss.backward()
+        return loss.detach()
+
+    return train(model, run)
+
+
+def trains_as_one_process(truth: Truth, cases: list[Case]) -> None:
+    for case in cases:
+        model = sharded_model(N_LOOPS, case)
+
+        def run(step: int, model: LT2 = model, case: Case = case) -> torch.Tensor:
+            loss = backward(model, case, step)
+            dist.all_reduce(loss)
+            return loss
+
+        result = train(model, run)
+        assert result.losses == pytest.approx(truth.losses, rel=1e-5), case
+        torch.testing.assert_close(result.norms, truth.norms, rtol=1e-5, atol=0.0, msg=str(case))
+        for name, gradient in truth.gradients.items():
+            largest = gradient.abs().max().item()
+            torch.testing.assert_close(
+                result.gradients[name], gradient, rtol=1e-5, atol=1e-5 * largest, msg=f"{case} {name}"
+            )
+        for name, parameter in truth.parameters.items():
+            torch.testing.assert_close(result.parameters[name], parameter, rtol=1e-3, atol=1e-4, msg=f"{case} {name}")
+
+
+def collectives(work: Callable[[], Any]) -> Counter[str]:
+    """How often ``work`` calls each collective ("gather", "reduce_scatter", "all_reduce"). By the profiler: a dispatch
+    mode cannot look inside torch.func.vjp, which the reference operators use in their backward pass."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
-    return Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
+    counted: Counter[str] = Counter()
+    assert profiler.profiler is not None
+    for event in profiler.profiler.kineto_results.events():  # profiler.events() takes seconds to build
+        for kind, part in (("gather", "allgather"), ("reduce_scatter", "reduce_scatter"), ("all_reduce", "allreduce")):
+            counted[kind] += event.name().startswith("c10d::") and part in event.name()
+    return counted
 
 
-def same_values_and_gradients(rank: int) -> None:
-    sharded, one = sharded_model(), whole_model()
-    loss_of(one, batch()).backward()
-    expected_norm = clip_grad_norm(one, 0.1)
-    loss_of(sharded, batch()[rank * 2 : rank * 2 + 2]).backward()
-    reshard(sharded)
-    norm = clip_grad_norm(sharded, 0.1)
-    torch.testing.assert_close(norm, expected_norm)
-    expected = dict(one.named_parameters())
-    for name, parameter in sharded.named_parameters():
-        assert torch.equal(whole(parameter), expected[name]), name
-        torch.testing.assert_close(whole(parameter.grad), expected[name].grad, msg=name)
+def travels(n_loops: int, case: Case) -> tuple[int, int, int]:
+    """(all-gathers, reduce-scatters, all-reduces) of one optimizer step."""
+    model = sharded_model(n_loops, case)
+    counted = collectives(lambda: backward(model, case))
+    return counted["gather"], counted["reduce_scatter"], counted["all_reduce"]
 
 
-def gathers_do_not_depend_on_loops_or_accumulation(rank: int) -> None:
-    counted = []
-    for n_loops, n_microbatches in ((1, 1), (4, 1), (4, 3)):
-        model = sharded_model(n_loops)
-
-        def step(model: LT2 = model, n_microbatches: int = n_microbatches) -> None:
-            for _ in range(n_microbatches):
-                loss_of(model, batch()).backward()
-            reshard(model)
-
-        counts = collectives(step)
-        gathers = sum(n for name, n in counts.items() if "allgather" in name)
-        reductions = sum(n for name, n in counts.items() if "reduce_scatter" in name)
-        counted.append((gathers, reductions))
-    # One group per block and one for the rest.
-    groups = N_LAYERS + 1
-    assert counted == [(groups, groups), (groups, groups), (groups, 3 * groups)], counted
+def per_step_gathers_once() -> None:
+    for n_loops in (1, 2, 4, 8):
+        assert travels(n_loops, Case()) == (GROUPS, GROUPS, 0)
+        assert travels(n_loops, Case(n_microbatches=2)) == (GROUPS, 2 * GROUPS, 0)
+        # What earlier microbatches left of a block is reduced in its first visit, the last one's share in its last.
+        deferred = GROUPS if n_loops == 1 else GROUPS + N_LAYERS
+        assert travels(n_loops, Case(n_microbatches=2, defers=True)) == (GROUPS, deferred, 0)
+    assert travels(2, Case(n_microbatches=4, defers=True)) == (GROUPS, GROUPS + N_LAYERS, 0)
 
 
-def _start(rank: int, rendezvous: str, work: Callable[[int], None]) -> None:
+def other_policies_gather_more() -> None:
+    for n_loops, m in ((1, 1), (3, 1), (3, 2)):
+        gathers, reductions, _ = travels(n_loops, Case("per_pass", m))
+        assert (gathers, reductions) == (N_LAYERS * (m + 1) + 1, m * GROUPS)
+        gathers, reductions, _ = travels(n_loops, Case("per_visit", m))
+        assert (gathers, reductions) == ((2 * N_LAYERS * n_loops + 1) * m, m * GROUPS)
+
+
+def replicas_reduce_once_more() -> None:
+    for n_loops in (1, 4):
+        assert travels(n_loops, Case(replicate=2)) == (GROUPS, GROUPS, GROUPS)
+        assert travels(n_loops, Case(n_microbatches=2, replicate=2)) == (GROUPS, 2 * GROUPS, 2 * GROUPS)
+
+
+def observers_see_whole_weights() -> None:
+    """Attention to the first token is measured with a block's own weights, after FSDP has let go of them."""
+    case = Case("per_visit")
+    sharded, one = sharded_model(N_LOOPS, case), whole_model(N_LOOPS)
+
+    def batch(tokens: torch.Tensor) -> Batch:
+        positions = torch.arange(8).expand(tokens.shape[0], 8)
+        return Batch(tokens[:, :-1], tokens[:, 1:], positions, None, torch.zeros(()), None)
+
+    with kept_gathered(sharded, case.loop_reshard):
+        seen = validation_diagnostics(sharded, [batch(rows().chunk(2)[dist.get_rank()])], CPU)
+    expected = validation_diagnostics(one, [batch(rows())], CPU)
+    assert f"first_token_mass/loop_{N_LOOPS}" in expected
+    assert seen == pytest.approx(expected, rel=1e-5)
+    # Afterwards the policy is the old one.
+    assert collectives(lambda: backward(sharded, case))["gather"] == 2 * N_LAYERS * N_LOOPS + 1
+
+
+def replicas_checkpoint_as_shards_do(folder: Path) -> None:
+    """What two replicas of two shards wrote, four shards read, bit for bit."""
+    case = Case(replicate=2)
+    written = sharded_model(N_LOOPS, case)
+    optimizer = build_optimizer(written, OptimizerConfig())
+    backward(written, case)
+    optimizer.step()
+    manager = CheckpointManager(folder / "checkpoint", CheckpointConfig(enable=True))
+    manager.save(1, model=written, optimizer=optimizer, train_state={}, data_state={}, config_text="")
+    read = sharded_model(N_LOOPS, Case())
+    read_optimizer = build_optimizer(read, OptimizerConfig())
+    loaded = manager.restore(model=read, optimizer=read_optimizer)
+    assert loaded is not None and loaded.step == 1
+    for (name, ours), theirs in zip(written.named_parameters(), read.parameters(), strict=True):
+        assert torch.equal(whole(ours), whole(theirs)), name
+        ours_moment, theirs_moment = optimizer.state[ours]["exp_avg"], read_optimizer.state[theirs]["exp_avg"]
+        assert torch.equal(whole(ours_moment), whole(theirs_moment)), name
+
+
+def _start(rank: int, n_ranks: int, folder: Path, work: list[Callable[[], None]]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    work(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=n_ranks)
+    for part in work:
+        part()
     dist.barrier()
     os._exit(0)  # as lt2titan.train leaves: tearing down races with gloo's threads
 
 
-@pytest.mark.parametrize("work", [same_values_and_gradients, gathers_do_not_depend_on_loops_or_accumulation])
-def test_two_ranks(work: Callable[[int], None]) -> None:
+def spawn(n_ranks: int, *work: Callable[[], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, args=(str(Path(folder) / "rendezvous"), work), nprocs=2)  # type: ignore[no-untyped-call]
+        parts = [partial(part, Path(folder)) if part is replicas_checkpoint_as_shards_do else part for part in work]
+        mp.spawn(_start, args=(n_ranks, Path(folder), parts), nprocs=n_ranks)  # type: ignore[no-untyped-call]
+
+
+# Starting processes takes longer than what they do: one launch per number of ranks.
+def test_one_rank() -> None:
+    spawn(1, partial(trains_as_one_process, one_process(), [Case("per_pass", 2), Case("per_visit", 2, defers=True)]))
+
+
+def test_two_ranks() -> None:
+    cases = [
+        Case("per_step", 2, defers=True),
+        Case("per_pass", 2),
+        Case("per_visit"),
+        Case("per_step", 2, replicate=2, cpu_offload=True),
+    ]
+    spawn(
+        2,
+        partial(trains_as_one_process, one_process(), cases),
+        per_step_gathers_once,
+        other_policies_gather_more,
+        observers_see_whole_weights,
+    )
+
+
+def test_four_ranks() -> None:
+    cases = [Case("per_pass", 2, defers=True, replicate=2), Case("per_visit", replicate=2)]
+    spawn(
+        4,
+        partial(trains_as_one_process, one_process(), cases),
+        replicas_reduce_once_more,
+        replicas_checkpoint_as_shards_do,
+    )
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+@pytest.mark.parametrize("policy", ["per_step", "per_pass", "per_visit"])
+def test_every_policy(n_ranks: int, policy: str) -> None:
+    cases = [
+        Case(policy, n_microbatches, defers, replicate, offload)
+        for n_microbatches, defers in ((1, False), (2, False), (2, True))
+        for replicate in (1, 2, 4)
+        for offload in (False, True)
+        if n_ranks % replicate == 0
+    ]
+    spawn(n_ranks, partial(trains_as_one_process, one_process(), cases))
+
+
+GB = 10**9
+
+
+def plan(**changes: Any) -> FSDPPlan:
+    """1e9 parameters on 8 ranks: 2 GB sharded, 2 GB gathered, 2 GB of gradients, 4 GB more to defer."""
+    arguments: dict[str, Any] = {
+        "loop_reshard": "auto",
+        "defer_reductions": "auto",
+        "n_parameters": GB,
+        "n_shards": 8,
+        "n_ranks": 8,
+        "n_microbatches": 4,
+        "param_dtype": torch.bfloat16,
+        "reduce_dtype": torch.float32,
+        "cpu_offload": False,
+        "device_memory": 80 * GB,
+    }
+    return plan_fsdp(**{**arguments, **changes})
+
+
+def test_auto_follows_memory() -> None:
+    assert plan() == FSDPPlan("per_step", True)
+    assert plan(device_memory=20 * GB) == FSDPPlan("per_step", True)
+    assert plan(device_memory=19 * GB) == FSDPPlan("per_step", False)
+    assert plan(device_memory=12 * GB) == FSDPPlan("per_step", False)
+    assert plan(device_memory=11 * GB) == FSDPPlan("per_pass", False)
+    assert plan(device_memory=9 * GB) == FSDPPlan("per_pass", False)
+    assert plan(device_memory=8 * GB) == FSDPPlan("per_visit", False)
+    # Offloading takes the shards away; fewer shards make them larger.
+    assert plan(device_memory=8 * GB, cpu_offload=True) == FSDPPlan("per_step", False)
+    assert plan(device_memory=20 * GB, n_shards=1, n_ranks=8) == FSDPPlan("per_visit", False)
+
+
+def test_what_is_configured_is_done() -> None:
+    assert plan(loop_reshard="per_visit").loop_reshard == "per_visit"
+    assert plan(loop_reshard="per_step", device_memory=GB).loop_reshard == "per_step"
+    assert plan(defer_reductions="on", device_memory=GB).defers_reductions
+    assert not plan(defer_reductions="off").defers_reductions
+    # Nothing to defer: one microbatch, or one rank.
+    assert not plan(defer_reductions="on", n_microbatches=1).defers_reductions
+    assert not plan(defer_reductions="on", n_ranks=1, n_shards=1).defers_reductions

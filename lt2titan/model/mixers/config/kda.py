@@ -23,8 +23,8 @@ class KDAConfig:
     allow_neg_eigval: bool = False
     """Let b reach 2, so that a transition may have negative eigenvalues (arXiv 2411.12537)."""
     bounded_gate: bool = False
-    """log a = lower_bound * sigmoid(..) instead of -exp(A_log) * softplus(..): it cannot run away, and is faster on a
-    GPU."""
+    """log a = lower_bound * sigmoid(..) instead of -exp(A_log) * softplus(..): it cannot run away, and fla's
+    kernels may use tensor cores for it."""
     lower_bound: float = -5.0
     """Least log a with bounded_gate, from -5 up to 0 (e^-5 forgets all but 0.7 %)."""
 

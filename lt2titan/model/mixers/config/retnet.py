@@ -23,11 +23,11 @@ class RetNetConfig:
         require(self.n_heads > 0, self, "n_heads", "must be positive")
         for name in ("expand_v", "expand_k"):
             check_expansion(self, name, dim, self.n_heads)
-        key_dim = int(self.expand_k * dim)
+        key_dim = round(self.expand_k * dim)
         require(
             key_dim // self.n_heads % 2 == 0,
             self,
             "n_heads",
-            f"splits the width {key_dim} of expand_k into odd head widths, which RoPE cannot turn; these heads do not: "
+            f"splits the width {key_dim} of expand_k into odd head widths, which RoPE cannot turn; even: "
             f"{[n for n in divisors(key_dim) if key_dim // n % 2 == 0]}",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lt2titan.config.section import ConfigError, require
 
 
@@ -31,8 +33,16 @@ def check_heads(section: object, dim: int) -> None:
 
 def check_expansion(section: object, field: str, dim: int, n_heads: int, heads_field: str = "n_heads") -> None:
     """``field`` of the section times dim must be a whole width that ``n_heads`` heads split evenly."""
-    width = getattr(section, field) * dim
-    require(width > 0 and width == int(width), section, field, f"times dim {dim} is {width}, not a whole width")
-    if int(width) % n_heads:
-        reason = f"does not divide the width {int(width)} of {field}; these do: {divisors(int(width))}"
+    factor = getattr(section, field)
+    require(math.isfinite(factor) and factor > 0, section, field, "must be positive and finite")
+    width = round(factor * dim)
+    nearest = max(width, 1) / dim
+    require(
+        width > 0 and math.isclose(width, factor * dim, rel_tol=1e-9),
+        section,
+        field,
+        f"times dim {dim} is {factor * dim:g}, not a whole width; {nearest:g} gives {max(width, 1)}",
+    )
+    if width % n_heads:
+        reason = f"does not divide the width {width} of {field}; these do: {divisors(width)}"
         raise ConfigError(heads_field, n_heads, reason)

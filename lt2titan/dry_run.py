@@ -1,0 +1,141 @@
+"""A layout tried out without its machines: ``comm.mode = fake_backend``.
+
+One process on a CPU takes the place of rank 0. The model is laid out over a process group that pretends, and one
+optimizer step runs on tensors that have a shape but no memory: what cannot be built, sharded or composed fails here
+as it would on the first of 512 GPUs. Then the sizes are printed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from lt2titan.config.job import JobConfig
+from lt2titan.model.flops import count_parameters
+from lt2titan.model.init import build_on_meta
+from lt2titan.model.lt2 import LT2
+from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.parallel.distributed import fake_process_group
+from lt2titan.parallel.fsdp import reshard, set_gradient_sync
+from lt2titan.parallel.mesh import ParallelDims
+from lt2titan.trainer import clip_grad_norm, lay_out
+
+logger = logging.getLogger("lt2titan")
+
+CPU = torch.device("cpu")
+
+MEANINGS = {
+    "parameters": "of the model, tied weights once",
+    "parameters per rank": "of them on rank 0",
+    "weights": "fp32 master weights",
+    "gradients": "fp32, reduced",
+    "optimizer state": "AdamW's moments",
+    "gathered parameters": "at the most, by fsdp_loop_reshard",
+    "whole gradients": "at the most, before they are reduced",
+    "kept gradients": "whole, between microbatches (fsdp_defer_reductions)",
+    "saved activations": "for the backward pass of one microbatch",
+}
+
+
+def dry_run(config: JobConfig) -> dict[str, int]:
+    """Build, lay out and step on shapes; rank 0, which has the largest shards, in numbers of parameters and bytes.
+
+    Sizes are those of a GPU run: bfloat16 compute unless training.mixed_precision_param says otherwise. Rows are
+    dense, whatever data.document_mask says. Needs an initialised process group, see `distributed.fake_process_group`.
+    """
+    if config.training.mixed_precision_param == "auto":
+        config = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
+    config = replace(config, kernels=replace(config.kernels, backend="reference"))
+    if config.compile.enable:
+        logger.info("dry run: blocks are not compiled, which would save fewer activations")
+        config = replace(config, compile=replace(config.compile, enable=False))
+        if config.activation_checkpoint.mode == "memory_budget":  # it is torch.compile that keeps it
+            config = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode="none"))
+    itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
+    dims = ParallelDims.build(config.parallelism, "cpu")
+    n_rows, _ = config.training.microbatches(dims.dp_size)
+    whole = count_parameters(build_on_meta(config.model, "reference"))
+    model, plan = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
+        model.to_empty(device=CPU)
+        weights = [_local(parameter) for parameter in model.parameters()]
+        optimizer = build_optimizer(model, config.optimizer)
+        tokens = torch.zeros(n_rows, config.training.seq_len, dtype=torch.int64)
+        for is_last in (False, True) if plan.defers_reductions else (True,):
+            set_gradient_sync(model, is_last)
+            loss, saved = _saved_bytes(model, lambda: model(tokens, targets=tokens))
+            loss.backward()
+        reshard(model)
+        clip_grad_norm(model, config.training.max_norm)
+        gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        optimizer.step()
+        moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
+    on_rank = whole.total // dims.tensor
+    blocks = [n // dims.tensor for n in whole.blocks]
+    gathered = on_rank if plan.loop_reshard != "per_visit" else on_rank - sum(blocks) + 2 * max(blocks)
+    return {
+        "parameters": whole.total,
+        "parameters per rank": sum(w.numel() for w in weights),
+        "weights": _n_bytes(weights),
+        "gradients": _n_bytes(gradients),
+        "optimizer state": _n_bytes(moments),
+        "gathered parameters": gathered * itemsize,
+        "whole gradients": on_rank * itemsize,
+        "kept gradients": on_rank * 4 if plan.defers_reductions else 0,
+        "saved activations": saved,
+    }
+
+
+def show_dry_run(config: JobConfig, world_size: int) -> None:
+    """Print what `dry_run` finds for ``world_size`` processes."""
+    with fake_process_group(world_size):
+        sizes = dry_run(config)
+    table = Table("rank 0", "value", "meaning", title=f"dry run: {world_size} processes, one step on shapes")
+    on_device = 0
+    for name, value in sizes.items():
+        if name.startswith("parameters"):
+            table.add_row(name, f"{value:,}", MEANINGS[name])
+            continue
+        is_on_host = config.parallelism.cpu_offload and name in ("weights", "gradients", "optimizer state")
+        on_device += 0 if is_on_host else value
+        table.add_row(name, _gib(value), MEANINGS[name] + (", in host memory" if is_on_host else ""))
+    reason = f"of {config.comm.device_memory_gib:g} GiB (comm.device_memory_gib), without temporary tensors"
+    table.add_row("together", _gib(on_device), reason)
+    Console().print(table)
+
+
+def _saved_bytes(model: LT2, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """``forward``'s result, and the memory of what autograd then keeps, without the parameters."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = _local(tensor).untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    for parameter in model.parameters():
+        storages.pop(_local(parameter).untyped_storage()._cdata, None)
+    # Gathered parameters that FSDP2 has let go of have no bytes any more.
+    return result, sum(storage.nbytes() for storage in storages.values())
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.3f} GiB"
+
+
+def _n_bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,230 @@
+"""Bytes of activations that the looped core holds on one rank, by checkpointing mode, without running it.
+
+Every distinct block is run once on fake tensors (shapes without memory) and what autograd and mode selective would
+keep of it is counted; the modes are sums of these counts over layers and loops. So a new mixer needs no formula.
+
+Counted: tensors saved for the backward pass, each storage once, with the inputs of the blocks and the tensors that all
+blocks share (positions, rotary tables). Not counted: weights, what stands outside the core (embedding, final norm,
+logits), gradients, workspaces and temporaries inside operators. A compiled block holds less: torch.compile computes
+cheap operators again by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lt2titan.model.block import Block
+from lt2titan.model.context import Carry, Context, rotary_tables
+from lt2titan.model.looped_core import LoopedCore
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.full import Full
+from lt2titan.model.recompute import RecomputePlan
+
+
+class ActivationMemory(NamedTuple):
+    """Bytes of one microbatch on one rank.
+
+    kept: at the end of the forward pass.
+    peak: the most that is held in the backward pass, what is computed again included.
+    """
+
+    kept: int
+    peak: int
+
+
+class BlockMemory(NamedTuple):
+    """Bytes of one visit of a block, beside its input and what is shared."""
+
+    saved: int  # by autograd, if the whole block is kept
+    selected: int  # kept by mode selective
+    both: int  # in both of these
+    carry: int  # written into the carry
+    carry_selected: int  # of which mode selective keeps as well
+
+
+@dataclass(frozen=True)
+class CoreMemory:
+    """What the modes are sums of.
+
+    input: bytes of the hidden states (B, L, dim).
+    carry: bytes of the initial carry.
+    shared: bytes of positions and rotary tables, of which there is one copy.
+    blocks: ``blocks[loop][layer]``.
+    """
+
+    input: int
+    carry: int
+    shared: int
+    blocks: list[list[BlockMemory]]
+
+    def under(self, plan: RecomputePlan, n_loops: int = 0, n_backward_loops: int = 0) -> ActivationMemory:
+        """Under ``plan``, of a pass through the first ``n_loops`` loops (0: all) with gradients through the last
+        ``n_backward_loops`` of them (0: all)."""
+        n_loops = n_loops or len(self.blocks)
+        loops = range(n_loops - (n_backward_loops or n_loops), n_loops)
+        recomputed = [loop for loop in loops if plan.of_loop(loop, n_loops) is plan and (plan.loops or plan.blocks)]
+        held = self.shared + sum(self._held(plan, loop) for loop in recomputed)
+        if recomputed:
+            held += self.carry  # enters the first of them, and is one more than they write
+            if plan.loops or not plan.block_contexts or not self.blocks[recomputed[-1]][-1].carry_selected:
+                held -= self._last_carry(plan, recomputed[-1])
+        kept = held + sum(self._whole(loop) for loop in loops if loop not in recomputed)
+        return ActivationMemory(kept, max([kept, *(held + self._again(plan, loop) for loop in recomputed[-1:])]))
+
+    def _whole(self, loop: int) -> int:
+        return sum(self.input + block.saved for block in self.blocks[loop])
+
+    def _held(self, plan: RecomputePlan, loop: int) -> int:
+        """What a loop that is recomputed leaves behind; its carry goes to the next loop."""
+        blocks = self.blocks[loop]
+        written = sum(block.carry for block in blocks)
+        if plan.loops:
+            return self.input + written
+        if plan.block_contexts is None:
+            return len(blocks) * self.input + written
+        return sum(self.input + block.selected + block.carry - block.carry_selected for block in blocks)
+
+    def _last_carry(self, plan: RecomputePlan, loop: int) -> int:
+        """Written in the last recomputed loop, and kept by no later scope."""
+        blocks = self.blocks[loop]
+        return sum(block.carry for block in (blocks if plan.loops else blocks[-1:]))
+
+    def _again(self, plan: RecomputePlan, loop: int) -> int:
+        """What is computed again at once, beside what was kept."""
+        blocks = self.blocks[loop]
+        if not plan.loops:
+            return max(block.saved - (block.both if plan.block_contexts else 0) for block in blocks)
+        if not plan.blocks:
+            return self._whole(loop) - self.input
+        inputs = (len(blocks) - 1) * self.input + sum(block.carry for block in blocks[:-1])
+        return inputs + max(block.saved for block in blocks)
+
+
+def core_memory(model: LT2, *, batch_size: int, length: int, dtype: torch.dtype, n_documents: int = 0) -> CoreMemory:
+    """Measure the blocks of ``model``, which may be on ``meta`` but not sharded, for rows (batch_size, length) that are
+    computed in ``dtype``.
+
+    Args:
+        n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
+    """
+    core = model.core
+    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+        shape = (1, batch_size * length) if n_documents else (batch_size, length)
+        positions = torch.zeros(shape, dtype=torch.int64)
+        widths = {block.mixer.rotary_dim for block in core.blocks} - {0}
+        rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
+        cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
+        context = Context(positions, rotary, cu_seqlens, None, length)
+        h = torch.zeros(*shape, model.config.dim, dtype=dtype, requires_grad=True)
+        carry: Carry = {}
+        for block in core.blocks:
+            carry.update(block.mixer.initial_carry(h, context))
+        known: dict[Any, BlockMemory] = {}
+        blocks = [
+            [_visit(core, layer, loop, h, context, carry, known) for layer in range(len(core.blocks))]
+            for loop in range(core.n_loops)
+        ]
+        return CoreMemory(_bytes([h]), _bytes(carry.values()), _bytes(tree_leaves(_shared(context))), blocks)
+
+
+def _visit(
+    core: LoopedCore, layer: int, loop: int, h: Tensor, context: Context, carry: Carry, known: dict[Any, BlockMemory]
+) -> BlockMemory:
+    block, window = core.blocks[layer], core.window(loop)
+    shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+    key = (type(block.mixer), shapes, window if isinstance(block.mixer, Full) else None)
+    if key not in known:
+        known[key] = _block_memory(block, h, replace(context, window=window), carry)
+    return known[key]
+
+
+def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> BlockMemory:
+    # Imported here: the policy is the business of activation_checkpoint.py, which a model on its own does not need.
+    from lt2titan.parallel.activation_checkpoint import is_kept
+
+    parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
+    saved: list[Tensor] = []
+    selected = _Outputs(is_kept)
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    like_gpu = nullcontext() if block.mixer.backend == "reference" else _FusedNorms()
+    with saved_tensors_hooks(keep, lambda t: t), selected, like_gpu:
+        y, written = functional_call(block, parameters, (h, context, carry))
+    given = _storages([h, y, *carry.values(), *tree_leaves(_shared(context)), *parameters.values()])
+    of_autograd = {key: n for key, n in _storages(saved).items() if key not in given}
+    of_policy = {key: n for key, n in _storages(selected.tensors).items() if key not in given}
+    of_carry = {key: n for key, n in _storages(written.values()).items() if key not in given}
+    return BlockMemory(
+        saved=sum(of_autograd.values()),
+        selected=sum(of_policy.values()),
+        both=sum(n for key, n in of_policy.items() if key in of_autograd),
+        carry=sum(of_carry.values()),
+        carry_selected=sum(n for key, n in of_carry.items() if key in of_policy),
+    )
+
+
+class _FusedNorms(TorchFunctionMode):
+    """RMSNorm as it is on a GPU. Fake tensors are the CPU's, where it is several operators, which save fp32 copies."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.rms_norm:
+            return _fused_rms_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    return _FusedRMSNorm.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Saves the input, the weight, and one fp32 number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+class _Outputs(TorchDispatchMode):
+    """Collects what chosen operators return."""
+
+    def __init__(self, is_chosen: Any) -> None:
+        super().__init__()
+        self._is_chosen = is_chosen
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._is_chosen(func):
+            self.tensors += [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        return out
+
+
+def _shared(context: Context) -> list[Any]:
+    return [context.positions, context.rotary, context.cu_seqlens, context.chunk_indices]
+
+
+def _storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of each storage under ``tensors``, which must be alive."""
+    storages = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(_storages(tensors).values())

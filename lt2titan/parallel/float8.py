@@ -1,0 +1,167 @@
+"""Matrix products in float8 (torchao), for the linear maps of the blocks that gain by it.
+
+With float8 all-gather, FSDP2 casts its shards when it gathers them. Blocks that stay gathered for a step (per_step) are
+so cast once per step, on one GPU too, whatever the numbers of loops and microbatches; without it every visit casts the
+weight again, forward and backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from lt2titan.config.section import ConfigError
+from lt2titan.model.layers import Linear
+from lt2titan.model.lt2 import LT2
+from lt2titan.parallel.config.float8 import Float8Config
+
+logger = logging.getLogger("lt2titan")
+
+MULTIPLE = 16
+"""Of which both sides of a float8 product must be multiples, on NVIDIA GPUs."""
+
+
+@dataclass(frozen=True)
+class Float8Plan:
+    """``[float8]`` as it runs: what was "auto" is decided."""
+
+    recipe: str
+    filter_fqns: Sequence[str] = ()
+    min_size: int = 256
+    auto_filter: bool = True
+    all_gather: bool = False
+    emulate: bool = False
+
+
+def plan_float8(
+    section: Float8Config, *, device: torch.device, compiled: bool, n_tensor: int, cpu_offload: bool, n_tokens: int
+) -> Float8Plan | None:
+    """What to apply; None for none.
+
+    Args:
+        n_tensor: ranks over which tensor parallelism splits the maps.
+        n_tokens: of a microbatch on one rank.
+
+    Raises:
+        ConfigError: it cannot run here, or would only slow training down.
+    """
+    recipe = section.recipe
+    if recipe == "none":
+        return None
+    if find_spec("torchao") is None:
+        raise ConfigError("float8.recipe", recipe, 'needs torchao: pip install "torchao>=0.17", or set it to "none"')
+    if not section.emulate:
+        _check_device(section, device, compiled)
+        if n_tokens % MULTIPLE and recipe != "rowwise_with_gw_hp":
+            reason = (
+                f"a microbatch has {n_tokens} tokens per rank (local_batch_size x seq_len / context ranks) and "
+                f'needs a multiple of {MULTIPLE}; change them, or use "rowwise_with_gw_hp"'
+            )
+            raise ConfigError("float8.recipe", recipe, reason)
+    can_gather = recipe == "tensorwise" and n_tensor == 1 and not cpu_offload
+    if section.all_gather == "on" and not can_gather:
+        reason = 'does not work with tensor parallelism or parallelism.cpu_offload; use "auto"'
+        raise ConfigError("float8.all_gather", "on", reason)
+    return Float8Plan(
+        recipe=recipe,
+        filter_fqns=section.filter_fqns,
+        min_size=section.min_size,
+        auto_filter=section.auto_filter,
+        all_gather=can_gather and section.all_gather != "off",
+        emulate=section.emulate,
+    )
+
+
+def _check_device(section: Float8Config, device: torch.device, compiled: bool) -> None:
+    recipe = section.recipe
+    if device.type != "cuda":
+        reason = 'products in float8 need a GPU; set float8.emulate (slow, for tests), or recipe = "none"'
+        raise ConfigError("float8.recipe", recipe, reason)
+    needed = (8, 9) if recipe == "tensorwise" else (9, 0)
+    if torch.cuda.get_device_capability(device) < needed:
+        name = torch.cuda.get_device_name(device)
+        reason = f'needs a GPU of compute capability {needed[0]}.{needed[1]}, and this is {name}; set it to "none"'
+        raise ConfigError("float8.recipe", recipe, reason)
+    if not compiled and not section.allow_eager:
+        reason = "is slower than bfloat16 without compilation; set compile.enable, or float8.allow_eager to run it so"
+        raise ConfigError("float8.recipe", recipe, reason)
+
+
+def apply_float8(model: LT2, plan: Float8Plan, n_tensor: int = 1) -> None:
+    """Let the linear maps of ``model``, on ``meta``, that qualify multiply in float8, in place; everything else that
+    lays it out comes after. Parameter names and initial values stay.
+
+    Args:
+        n_tensor: ranks over which tensor parallelism will split the maps.
+
+    Raises:
+        ConfigError: none qualifies.
+    """
+    from torchao.float8 import Float8LinearConfig
+
+    from lt2titan.parallel.float8_linear import to_float8
+
+    config = replace(
+        Float8LinearConfig.from_recipe_name(plan.recipe),
+        emulate=plan.emulate,
+        enable_fsdp_float8_all_gather=plan.all_gather,
+    )
+    n_maps = sum(isinstance(module, Linear) for module in model.modules())
+    qualifying = list(_qualifying(model, plan, n_tensor))
+    if not qualifying:
+        reason = (
+            f"no linear map of this model qualifies, of {n_maps} (see float8.filter_fqns, min_size and auto_filter); "
+            'set it to "none"'
+        )
+        raise ConfigError("float8.recipe", plan.recipe, reason)
+    for name, linear in qualifying:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, to_float8(linear, config))
+    if plan.recipe != "tensorwise":
+        # RMSNorm, rowwise scales and checkpointing, fused by inductor, gave NaN: intermediate values keep a precision
+        # that the eager computation rounds away (https://github.com/pytorch/pytorch/issues/150859).
+        torch._inductor.config.emulate_precision_casts = True
+    logger.info(
+        "float8: %s%s, %d of %d linear maps%s",
+        plan.recipe,
+        " (emulated)" if plan.emulate else "",
+        len(qualifying),
+        n_maps,
+        ", weights gathered in float8" if plan.all_gather else "",
+    )
+
+
+def update_scales(model: nn.Module) -> None:
+    """Compute the scales of all weights that are gathered in float8, with one all-reduce instead of one for each.
+    Call it whenever weights have changed; a stale scale would be used as it is."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def _qualifying(model: LT2, plan: Float8Plan, n_tensor: int) -> Iterator[tuple[str, Linear]]:
+    multiple = MULTIPLE * n_tensor  # of a side that is split, and it is not known here which will be
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear) or not name.startswith("core."):
+            continue
+        if any(part in name for part in plan.filter_fqns):
+            continue
+        n, k = module.out_features, module.in_features
+        if n % multiple or k % multiple or min(n, k) < plan.min_size:
+            continue
+        if plan.auto_filter and not _pays(plan.recipe, n, k):
+            continue
+        yield name, module
+
+
+def _pays(recipe: str, n: int, k: int) -> bool:
+    """Whether a map from k to n features is faster than in bfloat16 on H100: the thresholds of torchao 0.18
+    (`_auto_filter_for_recipe`), which has none for rowwise_with_gw_hp, slower than rowwise: the same serve."""
+    if recipe == "tensorwise":
+        return k > 4096 or n > 1024
+    return n > 2048 and k > 1024 and (n > 4096 or k > 2048)

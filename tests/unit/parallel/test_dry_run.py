@@ -1,0 +1,110 @@
+"""A dry run of many processes against sizes counted otherwise, and its start by run_train.sh."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lt2titan.config.job import JobConfig
+from lt2titan.config.loader import load_config
+from lt2titan.dry_run import dry_run
+from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.parallel.distributed import fake_process_group
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "tests" / "assets" / "tiny.toml"
+BATCH = ["--training.local_batch_size", "2", "--training.global_batch_size", "-1"]
+
+
+def sizes(n_processes: int, *overrides: str) -> tuple[dict[str, int], JobConfig]:
+    config = load_config(TINY, [*BATCH, *overrides], n_processes)
+    with fake_process_group(n_processes):
+        return dry_run(config), config
+
+
+def first_shards(config: JobConfig, n_shards: int) -> int:
+    """Elements of rank 0: FSDP2 cuts the first dimension into chunks of equal size, the last ones smaller or empty."""
+    return sum(p.chunk(n_shards)[0].numel() for p in build_on_meta(config.model, "reference").parameters())
+
+
+def saved_by_one_process(config: JobConfig) -> int:
+    """Bytes that autograd keeps of a real forward pass in fp32, without parameters, every storage once."""
+    model = build_on_meta(config.model, "reference")
+    materialise(model, torch.device("cpu"), seed=0)
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, targets=tokens)
+    assert loss.requires_grad
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
+
+
+def test_shards_and_replicas() -> None:
+    found, config = sizes(512, "--parallelism.data_parallel_replicate_degree", "64")
+    parameters = sum(p.numel() for p in build_on_meta(config.model, "reference").parameters())
+    shard = first_shards(config, 8)
+    assert (found["parameters"], found["parameters per rank"]) == (parameters, shard)
+    assert found["weights"] == found["gradients"] == 4 * shard
+    # Two moments, and a step count for each parameter.
+    assert 8 * shard < found["optimizer state"] < 8 * shard + 1000
+    assert found["gathered parameters"] == found["whole gradients"] == 2 * parameters  # bf16
+    assert found["kept gradients"] == 0
+
+
+def test_activations_are_those_of_a_real_pass() -> None:
+    found, config = sizes(4, "--training.mixed_precision_param", "float32")
+    assert found["saved activations"] == saved_by_one_process(config)
+
+
+@pytest.mark.parametrize("policy", ["per_pass", "per_visit"])
+def test_policies_keep_less(policy: str) -> None:
+    found, _ = sizes(4, "--parallelism.fsdp_loop_reshard", policy, "--training.global_batch_size", "64")
+    whole, _ = sizes(4, "--training.global_batch_size", "64")
+    assert found["kept gradients"] == 4 * found["parameters"]  # deferred reductions, fp32
+    # Parameters are not counted as activations, whether they are whole or let go at the end of the forward pass.
+    assert found["saved activations"] == whole["saved activations"]
+    is_less = found["gathered parameters"] < whole["gathered parameters"]
+    assert is_less == (policy == "per_visit")
+
+
+def launch(*overrides: str, config: Path = TINY, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ROOT / "run_train.sh"), *overrides],
+        env={**os.environ, "PYTHON": sys.executable, "CONFIG_FILE": str(config), "COLUMNS": "120", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_run_train(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = launch("--comm.mode", "fake_backend", "--job.dump_folder", str(folder), *BATCH, NGPU="512")
+    assert result.returncode == 0, result.stdout
+    assert "shard 512" in result.stdout and "dry run: 512 processes" in result.stdout
+    assert not folder.exists()
+
+
+def test_the_mode_is_not_for_files(tmp_path: Path) -> None:
+    file = tmp_path / "dry.toml"
+    file.write_text(f'base = "{TINY}"\n[comm]\nmode = "fake_backend"\n')
+    result = launch(config=file)
+    assert result.returncode == 2 and "comm.mode" in result.stdout, result.stdout
+
+
+def test_layouts_are_checked_before() -> None:
+    result = launch("--parallelism.data_parallel_replicate_degree", "3", NGPU="512", COMM_MODE="fake_backend")
+    assert result.returncode == 2
+    assert "512 processes" in result.stdout and "data_parallel_replicate_degree 3" in result.stdout

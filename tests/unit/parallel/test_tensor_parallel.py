@@ -1,0 +1,427 @@
+"""Models split by heads over processes against one whole model: values, losses, gradients of every mixer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
+
+from lt2titan.config.job import JobConfig
+from lt2titan.config.section import ConfigError
+from lt2titan.data.packing import Batch
+from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
+from lt2titan.metrics.loop_statistics import LoopStatistics
+from lt2titan.model.config import HybridConfig, ModelConfig
+from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.config import (
+    DeltaNetConfig,
+    FullConfig,
+    GDNConfig,
+    GLAConfig,
+    HGRN2Config,
+    KDAConfig,
+    Mamba2Config,
+    MixersConfig,
+    RetNetConfig,
+    RWKV7Config,
+    WindowConfig,
+)
+from lt2titan.model.state import allocate
+from lt2titan.optim.config import OptimizerConfig
+from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.parallel.config import ParallelismConfig
+from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
+from lt2titan.parallel.fsdp import reshard, set_gradient_sync
+from lt2titan.parallel.mesh import ParallelDims
+from lt2titan.parallel.parallelize import parallelize
+from lt2titan.trainer import clip_grad_norm
+
+CPU = torch.device("cpu")
+VOCABULARY, LENGTH = 20, 12
+
+MIXERS = MixersConfig(
+    full=FullConfig(n_heads=4, n_kv_heads=2, output_gate=True),
+    window=WindowConfig(n_heads=4, window=5),
+    retnet=RetNetConfig(n_heads=2, expand_k=1.5, expand_v=1.25),
+    mamba2=Mamba2Config(n_heads=4, n_groups=2, state_size=6),
+    gla=GLAConfig(n_heads=2, expand_k=0.75, decay_rank=3),
+    hgrn2=HGRN2Config(n_heads=2),
+    deltanet=DeltaNetConfig(n_heads=2, expand_v=1.25),
+    gdn=GDNConfig(n_heads=2, n_v_heads=4),
+    kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5),
+    rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
+)
+ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
+FOUR_HEADS = replace(
+    MIXERS,
+    full=FullConfig(n_heads=4, n_kv_heads=4),
+    gdn=GDNConfig(n_heads=4),
+    hgrn2=HGRN2Config(n_heads=4),
+    retnet=RetNetConfig(n_heads=4),
+)
+
+
+def config(mixer: str, rare: str = "", mixers: MixersConfig = MIXERS, tied: bool = True) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        dim=16,
+        n_layers=2,
+        n_loops=3,
+        ffn_dim=24,
+        tie_embeddings=tied,
+        mixer=mixer,
+        hybrid=HybridConfig(mixer=rare, ratio=1),
+        mixers=mixers,
+    )
+
+
+def unsettle(model: LT2) -> LT2:
+    """Move parameters that start neutral, and so are no test of anything, in any layout alike."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.add_(noise)
+    return model
+
+
+def whole_model(config: ModelConfig) -> LT2:
+    model = build_on_meta(config, "reference")
+    materialise(model, CPU, seed=3)
+    return unsettle(model)
+
+
+def split_model(config: ModelConfig, dims: ParallelDims, sequence_parallel: bool, **options: Any) -> LT2:
+    model = build_on_meta(config, "reference")
+    options = {"activation_checkpoint": "none", **options}
+    parallelize(
+        model,
+        dims,
+        param_dtype=torch.get_default_dtype(),
+        reduce_dtype=torch.get_default_dtype(),
+        sequence_parallel=sequence_parallel,
+        **options,
+    )
+    materialise(model, CPU, seed=3)
+    return unsettle(model)
+
+
+def rows(step: int) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: LT2, rows: torch.Tensor, packed: bool, **options: Any) -> torch.Tensor:
+    """Divided by the tokens of all ranks; with some targets that predict nothing."""
+    tokens, targets = rows[:, :-1], rows[:, 1:].clone()
+    targets[:, 3] = -100
+    if packed:
+        ends = torch.tensor([0, 5, 6, 17, 24], dtype=torch.int32)  # of two rows
+        positions = torch.cat([torch.arange(int(n)) for n in ends.diff()]).view(2, LENGTH)
+        losses = [
+            model(t, targets=y, positions=positions, cu_seqlens=ends, max_seqlen=LENGTH, **options)
+            for t, y in zip(tokens.split(2), targets.split(2), strict=True)
+        ]
+        return torch.stack(losses).sum() / (4 * LENGTH)
+    return model(tokens, targets=targets, **options) / (4 * LENGTH)
+
+
+def whole(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def relative_error(tensor: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    return float((whole(tensor) - whole(expected)).norm() / whole(expected).norm())
+
+
+def check_same(
+    config: ModelConfig,
+    dims: ParallelDims,
+    *,
+    sequence_parallel: bool = True,
+    packed: bool = False,
+    n_steps: int = 1,
+    options: dict[str, Any] | None = None,
+    **layout: Any,
+) -> None:
+    """Initial values equal; loss, all gradients and their norm those of the whole model, in fp64.
+
+    In fp32 rounding alone moves some gradients of these small models by 1e-3.
+    """
+    one, split = whole_model(config), split_model(config, dims, sequence_parallel, **layout)
+    expected = dict(one.named_parameters())
+    for name, parameter in split.named_parameters():
+        assert torch.equal(whole(parameter), expected[name]), name
+    optimizers = [build_optimizer(model, OptimizerConfig(lr=1e-3)) for model in (one, split)]
+    n_rows = 4 // dims.dp_size
+    own = slice(dims.dp_rank * n_rows, (dims.dp_rank + 1) * n_rows)
+    for step in range(n_steps):
+        expected_loss = loss_of(one, rows(step), packed, **(options or {}))
+        expected_loss.backward()
+        loss = loss_of(split, rows(step)[own], packed, **(options or {}))
+        loss.backward()
+        reshard(split)
+        loss = loss.detach()
+        dist.all_reduce(loss, group=dims.loss_group)
+        torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-11, atol=0)
+        if step == 0:
+            errors = {name: relative_error(p.grad, expected[name].grad) for name, p in split.named_parameters()}
+            assert max(errors.values()) < 1e-10, errors
+        torch.testing.assert_close(clip_grad_norm(split, 1e9), clip_grad_norm(one, 1e9), rtol=1e-10, atol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def mesh(tensor: int) -> ParallelDims:
+    return ParallelDims.build(ParallelismConfig(tensor_parallel_degree=tensor), "cpu")
+
+
+def every_mixer() -> None:
+    dims = mesh(2)
+    for name in MixersConfig.names():
+        check_same(config(name), dims, packed=True)
+    check_same(config("mamba2", mixers=ONE_GROUP), dims)
+
+
+def without_sequence_parallelism() -> None:
+    dims = mesh(2)
+    check_same(config("gdn", "full", tied=False), dims, sequence_parallel=False, packed=True)
+    check_same(config("mamba2", "rwkv7", mixers=ONE_GROUP), dims, sequence_parallel=False)
+
+
+def several_steps() -> None:
+    check_same(config("gdn", "full", tied=False), mesh(2), n_steps=4)
+
+
+def losses_in_fp32() -> None:
+    torch.set_default_dtype(torch.float32)
+    shape, dims = config("gdn", "full"), mesh(2)
+    models = [whole_model(shape), split_model(shape, dims, True)]
+    optimizers = [build_optimizer(model, OptimizerConfig(lr=1e-3)) for model in models]
+    for step in range(4):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            losses.append(loss_of(model, rows(step), packed=True))
+            losses[-1].backward()
+            if model is models[1]:
+                reshard(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    torch.set_default_dtype(torch.float64)
+
+
+def recompute_and_fewer_loops() -> None:
+    dims = mesh(2)
+    check_same(config("rwkv7"), dims, activation_checkpoint="block")
+    check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
+
+
+def diagnosed_and_observed_alike() -> None:
+    dims, shape = mesh(2), config("gdn", "full")
+    one, split = whole_model(shape), split_model(shape, dims, True)
+    text = rows(0)
+    positions = torch.arange(LENGTH).expand(4, LENGTH)
+    batch = Batch(text[:, :-1], text[:, 1:], positions, None, torch.tensor(1.0), None)
+    figures = [validation_diagnostics(model, [batch], CPU) for model in (split, one)]
+    statistics = [LoopStatistics(3, CPU) for _ in figures]
+    for model, observer in zip((split, one), statistics, strict=True):
+        with model.core.observed_by(observer):
+            loss_of(model, text, packed=False)
+    split_figures, expected = (a | b.figures() for a, b in zip(figures, statistics, strict=True))
+    assert len(expected) == 3 * 5
+    assert split_figures == pytest.approx(expected, rel=1e-10)
+
+
+def sums_of_gradients_do_not_grow_with_loops() -> None:
+    """What is whole on every rank has its gradient summed once per backward pass."""
+    dims, counts = mesh(2), []
+    for n_loops in (1, 3):
+        split = split_model(config("gdn"), dims, True)
+        loss_of(split, rows(0), packed=False, n_loops=n_loops).backward()  # whatever is made at first
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            loss_of(split, rows(0), packed=False, n_loops=n_loops).backward()
+        counts.append(Counter(event.name for event in profiler.events() if event.name.startswith("c10d::")))
+    sums = [sum(n for name, n in count.items() if "allreduce" in name) for count in counts]
+    gathers = [sum(n for name, n in count.items() if "allgather" in name) for count in counts]
+    # Three norm gains and a head norm per block, rho, the final norm; the maximum and the sum of the loss.
+    assert sums[0] == sums[1] == 2 * 3 + 2 + 2, counts
+    assert gathers[1] > 2 * gathers[0], counts  # the residual stream's do
+
+
+def refused() -> None:
+    split = split_model(config("gdn"), mesh(2), True)
+    with pytest.raises(ValueError, match="does not decode"):
+        allocate(split, 1, 8, torch.float64, CPU)
+
+
+def logits_are_whole_and_odd_lengths_refused() -> None:
+    dims, shape = mesh(2), config("gdn", "full")
+    one, split = whole_model(shape), split_model(shape, dims, True)
+    tokens = rows(0)[:, :LENGTH]
+    with torch.no_grad():
+        torch.testing.assert_close(split(tokens), one(tokens))
+        with pytest.raises(ValueError, match="sequence_parallel = false"):
+            split(rows(0))
+    loose = split_model(shape, dims, False)
+    with torch.no_grad():
+        torch.testing.assert_close(loose(rows(0)), one(rows(0)))
+
+
+def with_fsdp() -> None:
+    """Shards of shares: two heads of two ranks each leave one of two FSDP ranks without any A_log."""
+    dims, shape = mesh(2), config("gdn", "full", mixers=replace(MIXERS, gdn=GDNConfig(n_heads=2)))
+    check_same(shape, dims, n_steps=2)
+    split, one = split_model(shape, dims, True), whole_model(shape)
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    dcp.save({"model": split.state_dict()}, checkpoint_id=folder[0])
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in one.state_dict().items()}
+    dcp.load({"model": loaded}, checkpoint_id=folder[0], no_dist=True)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+def with_other_layouts() -> None:
+    dims = mesh(2)
+    check_same(config("rwkv7", tied=False), dims, packed=True, sequence_parallel=False)
+    check_same(config("gdn", "full"), dims, loop_reshard="per_visit", n_steps=2)
+    check_same(config("kda"), dims, loop_reshard="per_pass", activation_checkpoint="block")
+    replicas = ParallelismConfig(data_parallel_replicate_degree=2, tensor_parallel_degree=2)
+    check_same(config("mamba2", "full"), ParallelDims.build(replicas, "cpu"), packed=True, n_steps=2)
+
+
+def deferred_reductions() -> None:
+    """Partial gradients of several microbatches are added up before they are summed over ranks."""
+    dims, shape = mesh(2), config("gdn", "gla")
+    one, split = whole_model(shape), split_model(shape, dims, True)
+    own = slice(dims.dp_rank * 2, dims.dp_rank * 2 + 2)
+    for step in range(3):
+        loss_of(one, rows(step), packed=False).backward()
+        set_gradient_sync(split, step == 2)
+        loss_of(split, rows(step)[own], packed=False).backward()
+    reshard(split)
+    expected = dict(one.named_parameters())
+    errors = {name: relative_error(p.grad, expected[name].grad) for name, p in split.named_parameters()}
+    assert max(errors.values()) < 1e-10, errors
+
+
+def compiled() -> None:
+    """The mixers that communicate or slice by rank inside of their graphs."""
+    dims = mesh(2)
+    for name in ("rwkv7", "mamba2", "retnet"):
+        check_same(config(name, "full", mixers=ONE_GROUP), dims, compile_backend="aot_eager", packed=True)
+    check_same(config("hgrn2", "full"), dims, compile_backend="aot_eager", sequence_parallel=False)
+
+
+def four_shares() -> None:
+    for name in ("gdn", "full", "hgrn2", "retnet", "mamba2"):
+        check_same(config(name, mixers=FOUR_HEADS), mesh(4), packed=True)
+
+
+def _start(rank: int, n_ranks: int, rendezvous: str, work: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_ranks)
+    work()
+    dist.barrier()
+    os._exit(0)  # as lt2titan.train leaves: tearing down races with gloo's threads
+
+
+def run(n_ranks: int, work: Callable[[], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        args = (n_ranks, str(Path(folder) / "rendezvous"), work)
+        mp.spawn(_start, args=args, nprocs=n_ranks)  # type: ignore[no-untyped-call]
+
+
+def in_turn(works: list[Callable[[], None]]) -> None:
+    for work in works:
+        work()
+
+
+def test_two_ranks_against_one() -> None:
+    # One start of two processes for all of them.
+    works = [
+        every_mixer,
+        without_sequence_parallelism,
+        several_steps,
+        losses_in_fp32,
+        recompute_and_fewer_loops,
+        logits_are_whole_and_odd_lengths_refused,
+        diagnosed_and_observed_alike,
+        sums_of_gradients_do_not_grow_with_loops,
+        refused,
+    ]
+    run(2, partial(in_turn, works))
+
+
+def test_tensor_parallel_with_fsdp_on_four_ranks() -> None:
+    run(4, with_fsdp)
+
+
+@pytest.mark.wide
+def test_compiled_blocks() -> None:
+    run(2, compiled)
+
+
+@pytest.mark.wide
+def test_four_ranks_in_other_layouts() -> None:
+    run(4, partial(in_turn, [with_other_layouts, deferred_reductions, four_shares]))
+
+
+@pytest.mark.parametrize(
+    ("model", "degree", "message"),
+    [
+        (config("gdn", "full"), 4, r"model.mixers.gdn.n_heads = 2 .* evenly: \[1, 2\]"),
+        (config("full"), 4, r"n_kv_heads = 2 \(the next that it splits is 4\)"),
+        (config("rwkv7"), 4, r"rwkv7 heads \(dim / head_dim\) = 2"),
+        (replace(config("hgrn2"), vocab_size=19), 2, r"vocab_size = 19 \(the next that it splits is 20\)"),
+        (replace(config("hgrn2"), ffn_dim=25), 2, "ffn_dim = 25"),
+    ],
+)
+def test_uneven_sizes_are_refused(model: ModelConfig, degree: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_tensor_parallel(model, degree)
+
+
+def test_a_run_is_refused_before_it_starts() -> None:
+    job = JobConfig(model=config("gdn"), parallelism=ParallelismConfig(tensor_parallel_degree=4))
+    job.training.dataset, job.validation.enable = "synthetic", False
+    with pytest.raises(ConfigError, match=r"^parallelism.tensor_parallel_degree = 4: .*n_heads = 2"):
+        job.validate_run(4)
+    job.parallelism.tensor_parallel_degree = 2
+    job.validate_run(2)
+    job.training.seq_len = 33
+    with pytest.raises(ConfigError, match=r"^parallelism.sequence_parallel = True: training.seq_len = 33"):
+        job.validate_run(2)
+    job.parallelism.sequence_parallel = False
+    job.validate_run(2)
+
+
+def test_groups_neither_split_nor_shared_are_refused() -> None:
+    mixers = replace(MIXERS, mamba2=Mamba2Config(n_heads=12, n_groups=6, state_size=6))
+    model = replace(config("mamba2", mixers=mixers), dim=24, ffn_dim=24)
+    check_tensor_parallel(model, 2)
+    with pytest.raises(ConfigError, match=r"n_groups = 6.* evenly: \[1, 2\]"):
+        check_tensor_parallel(model, 4)
