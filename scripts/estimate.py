@@ -1,12 +1,13 @@
-"""What a configuration will cost: parameters, FLOPs per token and decode state. Needs no GPU and no data.
+"""What a configuration will cost: parameters, FLOPs, decode state, memory, communication. Needs no GPU and no data.
 
-python scripts/estimate.py --config train_configs/lt2_1.3b.toml [--json] [--model.n_loops 2 ...]
+python scripts/estimate.py --config train_configs/lt2_1.3b.toml [--world-size 64] [--json] [--model.n_loops 2 ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from rich.table import Table
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
+from lt2titan.config.section import ConfigError
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.state import allocate
+from lt2titan.parallel.fsdp import plan_fsdp
+from lt2titan.parallel.layout_estimate import Layout, communication_per_step, memory_by_category
 
 
 def estimate(config: JobConfig) -> dict[str, Any]:
@@ -57,6 +61,69 @@ def estimate(config: JobConfig) -> dict[str, Any]:
     }
 
 
+def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
+    """Memory per device by category and communication per step on ``world_size`` GPUs."""
+    parallelism, loops = config.parallelism, config.model.loop
+    parallelism.validate_world_size(world_size)
+    batch_size, n_microbatches = config.training.microbatches(parallelism.data_parallel_size(world_size))
+    model = build_on_meta(config.model, "fla")
+    n_shards, n_replicas = parallelism.shard_degree(world_size), parallelism.data_parallel_replicate_degree
+    precision = config.training.mixed_precision_param
+    dtype = torch.bfloat16 if precision == "auto" else getattr(torch, precision)
+    reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
+    plan = plan_fsdp(
+        loop_reshard=parallelism.fsdp_loop_reshard,
+        defer_reductions=parallelism.fsdp_defer_reductions,
+        n_parameters=count_parameters(model).total // parallelism.tensor_parallel_degree,
+        n_shards=n_shards,
+        n_ranks=n_shards * n_replicas,
+        n_microbatches=n_microbatches,
+        param_dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        cpu_offload=parallelism.cpu_offload,
+        device_memory=int(config.comm.device_memory_gib * 2**30),
+    )
+    layout = Layout(
+        n_replicas,
+        n_shards,
+        parallelism.tensor_parallel_degree,
+        plan.loop_reshard,
+        plan.defers_reductions,
+        parallelism.cpu_offload,
+    )
+    n_loops = config.model.n_loops
+    memory = memory_by_category(
+        model,
+        layout,
+        batch_size=batch_size,
+        seq_len=config.training.seq_len,
+        dtype=dtype,
+        activation_checkpoint=config.activation_checkpoint.mode,
+        skip_last_loops=config.activation_checkpoint.skip_last_loops,
+        n_loops=n_loops,
+        n_backward_loops=loops.backward_loops,
+    )
+    communication = communication_per_step(
+        model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
+    )
+    return {
+        "world_size": world_size,
+        "layout": layout._asdict(),
+        "memory_bytes": memory,
+        "communication": {name: {"count": n, "bytes_sent": sent} for name, (n, sent) in communication.items()},
+    }
+
+
+def show_layout(result: dict[str, Any]) -> None:
+    title = ", ".join(f"{key} {value}" for key, value in result["layout"].items())
+    table = Table("per device", "value", title=f"{result['world_size']} GPUs: {title}")
+    for name, size in result["memory_bytes"].items():
+        table.add_row(name, f"{size / 2**30:.2f} GiB")
+    for name, row in result["communication"].items():
+        table.add_row(f"{name}s per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
+    Console().print(table)
+
+
 def show(result: dict[str, Any]) -> None:
     table = Table("quantity", "value", "meaning")
     meanings = {
@@ -86,13 +153,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, help="TOML file, e.g. train_configs/lt2_1.3b.toml")
+    parser.add_argument("--world-size", type=int, default=0, help="GPUs: adds memory per device and communication")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments, overrides = parser.parse_known_args()
-    result = estimate(load_config_or_exit(arguments.config, overrides))
+    if arguments.world_size < 0:
+        parser.error(f"--world-size {arguments.world_size}: must be positive, or 0 to leave the layout out")
+    config = load_config_or_exit(arguments.config, overrides)
+    result = estimate(config)
+    try:
+        layout = estimate_layout(config, arguments.world_size) if arguments.world_size else {}
+    except ConfigError as error:  # degrees or batch that do not fit so many GPUs
+        sys.exit(f"estimate: {error}")
     if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+        print(json.dumps(result | layout))
+        return
+    show(result)
+    if layout:
+        show_layout(layout)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Memory and communication of a layout, against what was measured and what is counted elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lt2titan.config.loader import load_config
+from lt2titan.model.init import build_on_meta
+from lt2titan.parallel.layout_estimate import Layout, communication_per_step, memory_by_category
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPE = ROOT / "train_configs" / "lt2_1.3b.toml"
+ONE_GPU = Layout(1, 1, 1, "per_step", False, False)
+
+
+@pytest.mark.parametrize(("mode", "batch_size", "measured_gib"), [("block", 4, 36.8), ("none", 2, 97.6)])
+def test_peak_of_the_1_3b_recipe_as_measured(mode: str, batch_size: int, measured_gib: float) -> None:
+    """docs/benchmarks.md: one H200, bf16."""
+    model = build_on_meta(load_config(RECIPE).model, "fla")
+    memory = memory_by_category(
+        model,
+        ONE_GPU,
+        batch_size=batch_size,
+        seq_len=4096,
+        dtype=torch.bfloat16,
+        activation_checkpoint=mode,
+        skip_last_loops=0,
+        n_loops=4,
+        n_backward_loops=0,
+    )
+    assert memory["peak"] / 2**30 == pytest.approx(measured_gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "n_gathers"), [("per_step", 21), ("per_pass", 20 * 4 + 1), ("per_visit", (2 * 20 * 4 + 1) * 3)]
+)
+@pytest.mark.parametrize("defers", [False, True])
+def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bool) -> None:
+    """parallel/fsdp.py states the counts, and test_fsdp.py asserts them of real runs; 20 blocks, T = 4, m = 3."""
+    model = build_on_meta(load_config(RECIPE).model, "reference")
+    layout = Layout(2, 8, 1, policy, defers, False)
+    result = communication_per_step(
+        model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+    assert result["all-gather"][0] == n_gathers
+    assert result["reduce-scatter"][0] == result["all-reduce"][0] == (2 * 20 + 1 if defers else 21 * 3)
+    if policy == "per_step" and not defers:
+        n_parameters = sum(p.numel() for p in model.parameters())
+        assert result["all-gather"][1] == n_parameters * 2 * 7 // 8
+        assert result["reduce-scatter"][1] == 3 * n_parameters * 4 * 7 // 8
+        assert result["all-reduce"][1] == 3 * n_parameters * 4 // 8  # 2 (n - 1) / n of a shard, n = 2 replicas
+
+
+def test_shares_add_up_to_the_whole() -> None:
+    model = build_on_meta(load_config(RECIPE).model, "fla")
+    options = {"batch_size": 1, "seq_len": 512, "dtype": torch.bfloat16, "activation_checkpoint": "nested"}
+    options |= {"skip_last_loops": 0, "n_loops": 4, "n_backward_loops": 0}
+    one = memory_by_category(model, ONE_GPU, **options)  # type: ignore[arg-type]
+    many = memory_by_category(model, ONE_GPU._replace(n_shards=16), **options)  # type: ignore[arg-type]
+    for name in ("weights", "gradients", "optimizer state"):
+        assert many[name] == pytest.approx(one[name] / 16, rel=1e-6)
+    assert many["gathered parameters"] == one["gathered parameters"]
+    offloaded = memory_by_category(model, ONE_GPU._replace(cpu_offload=True), **options)  # type: ignore[arg-type]
+    assert offloaded["weights"] == offloaded["optimizer state"] == 0
+
+
+def test_the_script_reports_a_layout_and_refuses_one_that_does_not_fit() -> None:
+    command = [sys.executable, str(ROOT / "scripts/estimate.py"), "--config", str(ROOT / "tests/assets/tiny.toml")]
+    result = subprocess.run([*command, "--world-size", "4", "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["layout"]["n_shards"] == 4 and report["memory_bytes"]["peak"] > 0
+    result = subprocess.run([*command, "--world-size", "3"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0 and "global_batch_size" in result.stderr
