@@ -10,7 +10,7 @@ C tokens per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lt2titan.kernels.packing import check_cu_seqlens
+from lt2titan.kernels.recurrence import Reference
 
 TokenLoop = Callable[..., tuple[Tensor, Tensor]]
+
+RECURRENT_MAX_LENGTH = 4
+"""Up to here the token loop launches fewer operations than the chunked form."""
 
 
 class ChunkLayout:
@@ -113,6 +117,23 @@ def each_document(
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)
+
+
+def reference_of(token_loop: TokenLoop, chunked: TokenLoop) -> Reference:
+    """A recurrence's reference: in chunks, or token by token where that launches fewer operations.
+
+    Both take the per-token tensors, the initial state, and then ``token_loop`` the scale, ``chunked`` the boundaries of
+    documents and the scale.
+    """
+
+    def reference(
+        inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if cu_seqlens is None and inputs[0].shape[1] <= RECURRENT_MAX_LENGTH:
+            return token_loop(*inputs, initial_state, scale)
+        return chunked(*inputs, initial_state, cu_seqlens, scale)
+
+    return reference
 
 
 def first_state(initial_state: Tensor | None, n_sequences: int, k: Tensor, v: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from lt2titan.build import lay_out
 from lt2titan.config.job import JobConfig
 from lt2titan.model.flops import count_parameters
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
+from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
-from lt2titan.trainer import clip_grad_norm, lay_out
 
 logger = logging.getLogger("lt2titan")
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lt2titan.build import build_model
 from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.config.job import JobConfig
 from lt2titan.config.provenance import resolved_toml
@@ -24,8 +24,7 @@ from lt2titan.data.device import model_inputs
 from lt2titan.data.loader import Batch, ValidationText, batch_layout, build_loaders
 from lt2titan.evaluation.loop_diagnostics import SLICE_ROWS, validation_diagnostics
 from lt2titan.evaluation.validate import Evaluation, evaluate
-from lt2titan.kernels.backend import resolve_backend
-from lt2titan.metrics.hardware import device_memory, peak_flops, peak_memory_gib
+from lt2titan.metrics.hardware import peak_flops, peak_memory_gib
 from lt2titan.metrics.loop_statistics import LoopStatistics
 from lt2titan.metrics.metrics_logger import METRICS_FILE, MetricsLogger
 from lt2titan.metrics.profile_ranges import phase
@@ -34,29 +33,19 @@ from lt2titan.metrics.record import TrainingRecord, ValidationRecord
 from lt2titan.metrics.throughput import Throughput
 from lt2titan.model.flops import count_parameters, training_flops_per_token
 from lt2titan.model.head import IGNORE_INDEX
-from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.loop_schedule import LoopSchedule
-from lt2titan.model.lt2 import LT2
+from lt2titan.optim.clip import GradNorms, clip_grad_norm
 from lt2titan.optim.guard import NonFiniteGuard
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.optim.schedule import learning_rate_factor
 from lt2titan.parallel.compile import RecompileWatch
-from lt2titan.parallel.float8 import plan_float8, update_scales
-from lt2titan.parallel.fsdp import FSDPPlan, kept_gathered, plan_fsdp, reshard, set_gradient_sync
+from lt2titan.parallel.float8 import update_scales
+from lt2titan.parallel.fsdp import kept_gathered, reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
-from lt2titan.parallel.parallelize import parallelize
 
 logger = logging.getLogger("lt2titan")
 
 CONFIG_FILE = "config.toml"
-
-
-class GradNorms(NamedTuple):
-    """Global L2 norms of the gradients before clipping, as scalars on the device."""
-
-    total: Tensor
-    core: Tensor  # the looped blocks and rho
-    rest: Tensor  # embedding, final norm and head
 
 
 class StepResult(NamedTuple):
@@ -354,7 +343,9 @@ class Trainer:
     def validate(self) -> Evaluation:
         """Loss and bits per byte of the held-out text, and what each loop makes of its first rows, into the metrics."""
         assert self.validation_loader is not None  # only called when validation.enable
-        evaluation = evaluate(self.model, self.validation_loader, self.device, self.config.validation.loops)
+        evaluation = evaluate(
+            self.model, self.validation_loader, self.device, self.config.validation.loops, self.dims.loss_group
+        )
         extra = {f"validation_loss/loops_{n}": loss for n, loss in evaluation.loss_at.items()}
         if self.config.metrics.loop_diagnostics:
             rows = (self.config.validation.local_batch_size or self.local_batch_size) * self.dims.dp_size
@@ -383,71 +374,3 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
-
-
-def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> tuple[LT2, FSDPPlan]:
-    """The model on ``device``, laid out over ``dims``, with its initial values; and how FSDP2 treats its loops."""
-    model, plan = lay_out(config, dims, device, device_memory(device))
-    storage = torch.device("cpu") if config.parallelism.cpu_offload else device
-    materialise(model, device, config.debug.seed, storage)
-    return model, plan
-
-
-def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory: int) -> tuple[LT2, FSDPPlan]:
-    """`build_model` without values; ``memory`` is the device's, in bytes."""
-    backend = resolve_backend(config.kernels.backend, device)
-    model = build_on_meta(config.model, backend)
-    precision = config.training.mixed_precision_param
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    param_dtype = getattr(torch, precision)
-    reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    plan = plan_fsdp(
-        loop_reshard=config.parallelism.fsdp_loop_reshard,
-        defer_reductions=config.parallelism.fsdp_defer_reductions,
-        n_parameters=count_parameters(model).total // dims.tensor,
-        n_shards=dims.shard * dims.context,
-        n_ranks=dims.replicate * dims.shard * dims.context,
-        n_microbatches=config.training.microbatches(dims.dp_size)[1],
-        param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-        cpu_offload=config.parallelism.cpu_offload,
-        device_memory=memory,
-    )
-    parallelize(
-        model,
-        dims,
-        param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-        activation_checkpoint=config.activation_checkpoint.mode,
-        compile_backend=config.compile.backend if config.compile.enable else "",
-        skip_last_loops=config.activation_checkpoint.skip_last_loops,
-        memory_budget=config.activation_checkpoint.memory_budget,
-        loop_reshard=plan.loop_reshard,
-        cpu_offload=config.parallelism.cpu_offload,
-        sequence_parallel=config.parallelism.sequence_parallel,
-        float8=plan_float8(
-            config.float8,
-            device=device,
-            compiled=config.compile.enable,
-            n_tensor=dims.tensor,
-            cpu_offload=config.parallelism.cpu_offload,
-            n_tokens=config.training.microbatches(dims.dp_size)[0] * config.training.seq_len // dims.context,
-        ),
-    )
-    return model, plan
-
-
-def clip_grad_norm(model: LT2, max_norm: float) -> GradNorms:
-    """Scale the gradients of all shards to a global L2 norm of at most ``max_norm``; returns the norms before."""
-    core: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            (core if name.startswith("core.") else rest).append(parameter.grad)
-    # Each is combined over the shards by an all-reduce of one number.
-    norms = torch.stack([torch.nn.utils.get_total_norm(gradients, foreach=True) for gradients in (core, rest)])
-    norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
-    total = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach=True)
-    return GradNorms(total, *norms)

@@ -10,27 +10,14 @@ fp64 for fp64 inputs. Right for any g <= 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state, reference_of
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 16  # the decay ratios of a chunk are C x C x K numbers
-RECURRENT_MAX_LENGTH = 4  # up to here the token loop launches fewer operations than the chunked form
-
-
-def dplr_delta_rule_reference(
-    inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``inputs`` (q, k, v, a, b, g) as in `dplr_delta_rule`. Returns (output in v's dtype, final state)."""
-    q, k, v, a, b, g = inputs
-    if cu_seqlens is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-        return recurrent_dplr_delta_rule(q, k, v, a, b, g, initial_state, scale)
-    return chunked_dplr_delta_rule(q, k, v, a, b, g, initial_state, cu_seqlens, scale)
 
 
 def recurrent_dplr_delta_rule(
@@ -106,3 +93,6 @@ def chunked_dplr_delta_rule(
 
     o = (q * from_start) @ starts + qb @ (u0 + w @ starts) + qk @ v
     return layout.to_tokens(o).to(out_dtype), final
+
+
+dplr_delta_rule_reference = reference_of(recurrent_dplr_delta_rule, chunked_dplr_delta_rule)

@@ -10,26 +10,13 @@ per chunk. Computed in fp32, or in fp64 for fp64 inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, causal, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, causal, each_document, first_state, reference_of
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 32  # fastest of 16, 32, 64 and 128 for training on two CPU cores
-RECURRENT_MAX_LENGTH = 4  # up to here the token loop launches fewer operations than the chunked form
-
-
-def gated_delta_rule_reference(
-    inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``inputs`` (q, k, v, g, beta) as in `gated_delta_rule`. Returns (output in v's dtype, final state)."""
-    q, k, v, g, beta = inputs
-    if cu_seqlens is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-        return recurrent_gated_delta_rule(q, k, v, g, beta, initial_state, scale)
-    return chunked_gated_delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
 def recurrent_gated_delta_rule(
@@ -107,3 +94,6 @@ def chunked_gated_delta_rule(
     u = u0 - w @ starts
     o = (q * from_start) @ starts + ((q @ k.mT) * ratio) @ u
     return layout.to_tokens(o).to(out_dtype), final
+
+
+gated_delta_rule_reference = reference_of(recurrent_gated_delta_rule, chunked_gated_delta_rule)

@@ -10,26 +10,13 @@ fp64 for fp64 inputs. Right for any g <= 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state, reference_of
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 16  # the decay ratios of a chunk are C x C x K numbers
-RECURRENT_MAX_LENGTH = 4  # up to here the token loop launches fewer operations than the chunked form
-
-
-def gla_reference(
-    inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``inputs`` (q, k, v, g) as in `gla`. Returns (output in v's dtype, final state)."""
-    q, k, v, g = inputs
-    if cu_seqlens is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-        return recurrent_gla(q, k, v, g, initial_state, scale)
-    return chunked_gla(q, k, v, g, initial_state, cu_seqlens, scale)
 
 
 def recurrent_gla(
@@ -86,3 +73,6 @@ def chunked_gla(
 
     o = (q * total.exp()) @ starts + scores @ v
     return layout.to_tokens(o).to(out_dtype), final
+
+
+gla_reference = reference_of(recurrent_gla, chunked_gla)

@@ -10,26 +10,13 @@ per chunk. Computed in fp32, or in fp64 for fp64 inputs. Right for any g <= 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, decay_ratios, each_document, first_state, reference_of
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 16  # the decay ratios of a chunk are C x C x K numbers
-RECURRENT_MAX_LENGTH = 4  # up to here the token loop launches fewer operations than the chunked form
-
-
-def kda_reference(
-    inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``inputs`` (q, k, v, g, beta) as in `kda`. Returns (output in v's dtype, final state)."""
-    q, k, v, g, beta = inputs
-    if cu_seqlens is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-        return recurrent_kda(q, k, v, g, beta, initial_state, scale)
-    return chunked_kda(q, k, v, g, beta, initial_state, cu_seqlens, scale)
 
 
 def recurrent_kda(
@@ -103,3 +90,6 @@ def chunked_kda(
 
     o = (q * from_start) @ starts + scores @ (u0 - w @ starts)
     return layout.to_tokens(o).to(out_dtype), final
+
+
+kda_reference = reference_of(recurrent_kda, chunked_kda)

@@ -11,26 +11,13 @@ per chunk. Computed in fp32, or in fp64 for fp64 inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lt2titan.kernels.chunking import ChunkLayout, causal, each_document, first_state
+from lt2titan.kernels.chunking import ChunkLayout, causal, each_document, first_state, reference_of
 from lt2titan.kernels.recurrence import state_dtype
 
 CHUNK = 32  # fastest of 16, 32, 64 and 128 for training on a CPU at the debug model's sizes
-RECURRENT_MAX_LENGTH = 4  # up to here the token loop launches fewer operations than the chunked form
-
-
-def simple_gla_reference(
-    inputs: Sequence[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """``inputs`` (q, k, v, g) as in `simple_gla`. Returns (output in v's dtype, final state)."""
-    q, k, v, g = inputs
-    if cu_seqlens is None and q.shape[1] <= RECURRENT_MAX_LENGTH:
-        return recurrent_simple_gla(q, k, v, g, initial_state, scale)
-    return chunked_simple_gla(q, k, v, g, initial_state, cu_seqlens, scale)
 
 
 def recurrent_simple_gla(
@@ -91,3 +78,6 @@ def chunked_simple_gla(
     starts, final = layout.scan(state, lambda rows, s: decay[rows] * s + update[rows])
     o = (q * total.exp()) @ starts + ((q @ k.mT) * ratio) @ v
     return layout.to_tokens(o).to(out_dtype), final
+
+
+simple_gla_reference = reference_of(recurrent_simple_gla, chunked_simple_gla)

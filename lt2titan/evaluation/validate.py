@@ -28,11 +28,18 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: LT2, batches: Iterable[Batch], device: torch.device, loops: Collection[int] = ()) -> Evaluation:
+def evaluate(
+    model: LT2,
+    batches: Iterable[Batch],
+    device: torch.device,
+    loops: Collection[int] = (),
+    group: dist.ProcessGroup | None = None,
+) -> Evaluation:
     """Mean over every valid target of ``batches`` on all ranks; each rank must bring as many batches.
 
     Args:
         loops: numbers of loops whose losses are wanted too.
+        group: ranks that see different tokens; None for all processes.
 
     Raises:
         ValueError: there is no target at all, or a number of loops that the model does not have.
@@ -49,7 +56,7 @@ def evaluate(model: LT2, batches: Iterable[Batch], device: torch.device, loops: 
         totals[:3] += torch.stack([nats.double(), n_tokens.to(device).double(), batch.n_bytes.to(device).double()])
         totals[3:] += exits.nats
     if dist.is_initialized():
-        dist.all_reduce(totals)
+        dist.all_reduce(totals, group=group)
     nats, tokens, n_bytes, *nats_after = totals.tolist()
     nats_after[-1] = nats
     if tokens == 0:

@@ -12,11 +12,12 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import DeltaNetConfig
 from lt2titan.model.mixers.pieces import (
-    convolution_spec,
     convolve,
     delta_rule_flops,
     init_convolution,
     l2_norm,
+    recur,
+    recurrent_spec,
     sigmoid_beta,
 )
 from lt2titan.model.shares import local
@@ -53,20 +54,17 @@ class DeltaNet(Mixer):
         v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
         beta = sigmoid_beta(self.b_proj(x), self.beta_max)
         # The gated operator with a decay of 1: unlike fla's own delta rule it takes fp32, and it is checked already.
-        y, final_state = gated_delta_rule(
+        y = recur(
+            gated_delta_rule,
             l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),
             l2_norm(k.unflatten(-1, (-1, self.head_k_dim))),
             v.unflatten(-1, (-1, self.head_v_dim)),
             torch.zeros_like(beta),
             beta,
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         y = F.rms_norm(y, (self.head_v_dim,), local(self.o_norm), self.norm_eps)
         return self.o_proj(y.flatten(-2)), carry
 
@@ -75,11 +73,8 @@ class DeltaNet(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        recurrent = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
-        spec = {"recurrent": StateSpec(recurrent, torch.float32)}
-        for name in ("q_conv", "k_conv", "v_conv"):
-            spec[name] = convolution_spec(getattr(self, name), batch_size)
-        return spec
+        convolutions = {"q_conv": self.q_conv, "k_conv": self.k_conv, "v_conv": self.v_conv}
+        return recurrent_spec(batch_size, self.n_heads, self.head_k_dim, self.head_v_dim, **convolutions)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * delta_rule_flops(self.head_k_dim, self.head_v_dim)

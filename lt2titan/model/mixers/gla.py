@@ -12,7 +12,7 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import GLAConfig
-from lt2titan.model.mixers.pieces import gla_flops
+from lt2titan.model.mixers.pieces import gla_flops, precise, recur, recurrent_spec
 from lt2titan.model.shares import local
 
 
@@ -40,23 +40,18 @@ class GLA(Mixer):
         self.o_norm = nn.Parameter(torch.empty(self.head_v_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
-        precise = torch.promote_types(x.dtype, torch.float32)
-        a = self.a_up_proj(self.a_down_proj(x)).to(precise) + local(self.a_bias).to(precise)
+        a = precise(self.a_up_proj(self.a_down_proj(x))) + precise(local(self.a_bias))
         log_decay = F.logsigmoid(a) / self.decay_temperature
-        y, final_state = gla(
+        y = recur(
+            gla,
             self.q_proj(x).unflatten(-1, (-1, self.head_k_dim)),
             self.k_proj(x).unflatten(-1, (-1, self.head_k_dim)),
             self.v_proj(x).unflatten(-1, (-1, self.head_v_dim)),
             log_decay.unflatten(-1, (-1, self.head_k_dim)),
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         gate = self.gate_proj(x).unflatten(-1, (-1, self.head_v_dim))
         y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
@@ -66,7 +61,7 @@ class GLA(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        return {"recurrent": StateSpec((batch_size, self.n_heads, self.head_k_dim, self.head_v_dim), torch.float32)}
+        return recurrent_spec(batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * gla_flops(self.head_k_dim, self.head_v_dim)

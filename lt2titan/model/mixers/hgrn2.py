@@ -11,7 +11,13 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import HGRN2Config
-from lt2titan.model.mixers.pieces import gla_flops, shared_rms_norm
+from lt2titan.model.mixers.pieces import (
+    gla_flops,
+    precise,
+    recur,
+    recurrent_spec,
+    shared_rms_norm,
+)
 from lt2titan.model.shares import local
 
 
@@ -34,22 +40,18 @@ class HGRN2(Mixer):
         self.o_norm = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
-        f = self.f_proj(x).to(torch.promote_types(x.dtype, torch.float32))
+        f = precise(self.f_proj(x))
         k = torch.sigmoid(-f).to(x.dtype)  # 1 - sigmoid(f) without its cancellation
-        y, final_state = gla(
+        y = recur(
+            gla,
             F.silu(self.q_proj(x)).unflatten(-1, (-1, self.head_dim)),
             k.unflatten(-1, (-1, self.head_dim)),
             self.i_proj(x).unflatten(-1, (-1, self.head_dim)),
             F.logsigmoid(f).unflatten(-1, (-1, self.head_dim)),
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         y = shared_rms_norm(y.flatten(-2), local(self.o_norm), self.norm_eps, self.share)
         return self.o_proj(y), carry
 
@@ -57,7 +59,7 @@ class HGRN2(Mixer):
         return {"q_proj.weight": 0, "f_proj.weight": 0, "i_proj.weight": 0, "o_norm": 0, "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        return {"recurrent": StateSpec((batch_size, self.n_heads, self.head_dim, self.head_dim), torch.float32)}
+        return recurrent_spec(batch_size, self.n_heads, self.head_dim, self.head_dim)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * gla_flops(self.head_dim, self.head_dim)

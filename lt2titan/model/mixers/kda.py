@@ -12,14 +12,16 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import KDAConfig
 from lt2titan.model.mixers.pieces import (
-    convolution_spec,
     convolve,
     delta_rule_flops,
     init_A_log,
     init_convolution,
     init_dt_bias,
     l2_norm,
+    precise,
     rate_log_decay,
+    recur,
+    recurrent_spec,
     sigmoid_beta,
 )
 from lt2titan.model.shares import local
@@ -63,21 +65,18 @@ class KDA(Mixer):
         q = convolve(self.q_proj(x), self.q_conv, context, state, "q_conv", self.backend)
         k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
         v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
-        y, final_state = kda(
+        y = recur(
+            kda,
             l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),
             l2_norm(k.unflatten(-1, (-1, self.head_k_dim))),
             v.unflatten(-1, (-1, self.head_v_dim)),
             self._log_decay(x),
             sigmoid_beta(self.b_proj(x), self.beta_max),
             bounded=self.bounded_gate,
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         gate = (self.gate_up_proj(self.gate_down_proj(x)) + local(self.gate_bias)).unflatten(-1, (-1, self.head_v_dim))
         y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="sigmoid", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
@@ -88,8 +87,7 @@ class KDA(Mixer):
         A_log, dt_bias = local(self.A_log).unsqueeze(-1), local(self.dt_bias).unflatten(0, (-1, self.head_k_dim))
         if not self.bounded_gate:
             return rate_log_decay(a, A_log, dt_bias)
-        precise = torch.promote_types(a.dtype, torch.float32)
-        return self.lower_bound * torch.sigmoid(A_log.to(precise).exp() * (a.to(precise) + dt_bias.to(precise)))
+        return self.lower_bound * torch.sigmoid(precise(A_log).exp() * (precise(a) + precise(dt_bias)))
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
         rows = [
@@ -109,11 +107,8 @@ class KDA(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        recurrent = (batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim)
-        spec = {"recurrent": StateSpec(recurrent, torch.float32)}
-        for name in ("q_conv", "k_conv", "v_conv"):
-            spec[name] = convolution_spec(getattr(self, name), batch_size)
-        return spec
+        convolutions = {"q_conv": self.q_conv, "k_conv": self.k_conv, "v_conv": self.v_conv}
+        return recurrent_spec(batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim, **convolutions)
 
     def recurrence_flops(self) -> float:
         return self.n_v_heads * delta_rule_flops(self.head_k_dim, self.head_v_dim)

@@ -12,12 +12,14 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import Mamba2Config
 from lt2titan.model.mixers.pieces import (
-    convolution_spec,
     convolve,
     gla_flops,
     init_A_log,
     init_convolution,
     init_dt_bias,
+    precise,
+    recur,
+    recurrent_spec,
     shared_rms_norm,
 )
 from lt2titan.model.shares import local
@@ -58,24 +60,19 @@ class Mamba2(Mixer):
         values = self._convolve("x", self.x_proj(x), context, state).unflatten(-1, (-1, self.head_dim))
         k = self._groups(self._convolve("b", self.b_proj(x), context, state))
         q = self._groups(self._convolve("c", self.c_proj(x), context, state))
-        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
         dt = self.dt_proj(x)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(precise) + local(self.dt_bias).to(precise))  # (B, L, H)
-        y, final_state = simple_gla(
+        dt = F.softplus(precise(dt) + precise(local(self.dt_bias)))  # (B, L, H)
+        y = recur(
+            simple_gla,
             q,
             k,
             (values * dt.unsqueeze(-1)).to(values.dtype),
-            -local(self.A_log).to(precise).exp() * dt,
+            -precise(local(self.A_log)).exp() * dt,
             scale=1.0,
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         y = y + local(self.D).to(y.dtype).unsqueeze(-1) * values
         y = y.flatten(-2) * F.silu(self.gate_proj(x))
         y = self._norm(y) * local(self.o_norm)
@@ -113,11 +110,8 @@ class Mamba2(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        recurrent = (batch_size, self.n_heads, self.state_size, self.head_dim)
-        spec = {"recurrent": StateSpec(recurrent, torch.float32)}
-        for name in ("x", "b", "c"):
-            spec[f"{name}_conv"] = convolution_spec(getattr(self, f"{name}_conv"), batch_size)
-        return spec
+        convolutions = {f"{name}_conv": getattr(self, f"{name}_conv") for name in ("x", "b", "c")}
+        return recurrent_spec(batch_size, self.n_heads, self.state_size, self.head_dim, **convolutions)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * gla_flops(self.state_size, self.head_dim)

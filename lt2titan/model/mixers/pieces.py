@@ -1,8 +1,10 @@
-"""What several linear mixers share: short convolutions with their taps, L2 norms, initial values."""
+"""What several linear mixers share: recurrences and convolutions with their states, norms, decays, initial values."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,44 @@ def convolve(
     return y
 
 
+def recur(
+    recurrence: Callable[..., tuple[Tensor, Tensor | None]],
+    *inputs: Tensor,
+    context: Context,
+    state: State | None,
+    backend: str,
+    **options: Any,
+) -> Tensor:
+    """A recurrence of kernels/ over the per-token ``inputs``, within each document.
+
+    Continues ``state["recurrent"]`` (B, HV, K, V) and leaves the final states there; see `recurrent_spec`.
+    """
+    y, final_state = recurrence(
+        *inputs,
+        initial_state=None if state is None else state["recurrent"],
+        cu_seqlens=context.cu_seqlens,
+        chunk_indices=context.chunk_indices,
+        return_final_state=state is not None,
+        backend=backend,
+        **options,
+    )
+    if state is not None and final_state is not None:
+        state["recurrent"].copy_(final_state)
+    return y
+
+
+def recurrent_spec(batch_size: int, n_heads: int, k: int, v: int, **convolutions: Tensor) -> dict[str, StateSpec]:
+    """The decode state of `recur`, and of `convolve` for the named weights."""
+    spec = {"recurrent": StateSpec((batch_size, n_heads, k, v), torch.float32)}
+    return spec | {name: convolution_spec(weight, batch_size) for name, weight in convolutions.items()}
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in fp32 at least, whatever the compute dtype: decays multiply over thousands of tokens, which no bf16
+    survives."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def convolution_spec(weight: Tensor, batch_size: int) -> StateSpec:
     """The decode state of `convolve`."""
     n_channels, n_taps = weight.shape
@@ -71,28 +111,24 @@ def shared_rms_norm(x: Tensor, weight: Tensor | None, eps: float, share: Share, 
     if share.n_ranks == 1:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     n_sharing = n_sharing or share.n_ranks
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    squares = precise.square().sum(dim=-1, keepdim=True)
+    wide = precise(x)
+    squares = wide.square().sum(dim=-1, keepdim=True)
     # One sum over all ranks, with a place for each set of them: the sets need no process groups.
     place, n_places = share.rank // n_sharing, share.n_ranks // n_sharing
     sums = all_sum(F.pad(squares, (place, n_places - 1 - place)), share)
     mean = sums[..., place : place + 1] / (n_sharing * x.shape[-1])
-    y = (precise * torch.rsqrt(mean + eps)).to(x.dtype)
+    y = (wide * torch.rsqrt(mean + eps)).to(x.dtype)
     return y if weight is None else y * weight
 
 
 def rate_log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """-exp(A_log) softplus(a + dt_bias), the logarithm of a decay; at least in fp32, whatever the dtype of a.
-
-    Decays multiply over thousands of tokens, which no bf16 survives.
-    """
-    precise = torch.promote_types(a.dtype, torch.float32)
-    return -A_log.to(precise).exp() * F.softplus(a.to(precise) + dt_bias.to(precise))
+    """-exp(A_log) softplus(a + dt_bias), the logarithm of a decay, at least in fp32."""
+    return -precise(A_log).exp() * F.softplus(precise(a) + precise(dt_bias))
 
 
 def sigmoid_beta(b: Tensor, maximum: float) -> Tensor:
     """maximum * sigmoid(b), at least in fp32: the writing strength of a delta rule."""
-    return maximum * torch.sigmoid(b.to(torch.promote_types(b.dtype, torch.float32)))
+    return maximum * torch.sigmoid(precise(b))
 
 
 def gla_flops(k: int, v: int) -> float:

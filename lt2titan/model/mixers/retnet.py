@@ -11,7 +11,7 @@ from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RetNetConfig
-from lt2titan.model.mixers.pieces import gla_flops
+from lt2titan.model.mixers.pieces import gla_flops, recur, recurrent_spec
 from lt2titan.model.shares import local
 
 
@@ -43,19 +43,16 @@ class RetNet(Mixer):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_v_dim))
         log_decay = log_decays(self.n_heads, x.device)[self.share.of(self.n_heads)]
         log_decay = log_decay.to(torch.promote_types(x.dtype, torch.float32))
-        y, final_state = simple_gla(
+        y = recur(
+            simple_gla,
             q,
             k,
             v,
             log_decay.expand(v.shape[:3]),
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
         gate = self.gate_proj(x).unflatten(-1, (-1, self.head_v_dim))
         y = gated_rms_norm(y, gate, local(self.o_norm), eps=self.norm_eps, activation="silu", backend=self.backend)
         return self.o_proj(y.flatten(-2)), carry
@@ -64,8 +61,7 @@ class RetNet(Mixer):
         return {"q_proj.weight": 0, "k_proj.weight": 0, "v_proj.weight": 0, "gate_proj.weight": 0, "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        recurrent = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
-        return {"recurrent": StateSpec(recurrent, torch.float32)}
+        return recurrent_spec(batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * gla_flops(self.head_k_dim, self.head_v_dim)

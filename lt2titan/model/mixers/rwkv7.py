@@ -13,7 +13,7 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RWKV7Config
-from lt2titan.model.mixers.pieces import CHUNK, l2_norm
+from lt2titan.model.mixers.pieces import CHUNK, l2_norm, precise, recur, recurrent_spec
 from lt2titan.model.mixers.token_shift import token_shift
 from lt2titan.model.shares import local
 
@@ -73,9 +73,7 @@ class RWKV7(Mixer):
             carry = {**carry, FIRST_VALUE: v}
         else:
             v = torch.lerp(v, carry[FIRST_VALUE], torch.sigmoid(self.v_lora(x_v) + local(self.v_bias)))
-        # Decays multiply over thousands of tokens: they are computed in fp32 whatever the compute dtype.
-        precise = torch.promote_types(x.dtype, torch.float32)
-        w = self.w_lora(x + delta * local(self.x_w), torch.tanh).to(precise) + local(self.w_bias).to(precise)
+        w = precise(self.w_lora(x + delta * local(self.x_w), torch.tanh)) + precise(local(self.w_bias))
         log_decay = LOWEST_LOG_DECAY * torch.sigmoid(w)
         a = torch.sigmoid(self.a_lora(x + delta * local(self.x_a)) + local(self.a_bias))
         gate = self.gate_lora(x + delta * local(self.x_g), torch.sigmoid)
@@ -83,7 +81,8 @@ class RWKV7(Mixer):
         erase_key = l2_norm(self._heads(k * local(self.k_k)))
         k = self._heads(k * (1 + (a - 1) * local(self.k_a)))
         r, v = self._heads(r), self._heads(v)
-        y, final_state = dplr_delta_rule(
+        y = recur(
+            dplr_delta_rule,
             r,
             k,
             v,
@@ -91,14 +90,11 @@ class RWKV7(Mixer):
             erase_key * self._heads(a),
             self._heads(log_decay),
             scale=1.0,
-            initial_state=None if state is None else state["recurrent"],
-            cu_seqlens=context.cu_seqlens,
-            chunk_indices=context.chunk_indices,
-            return_final_state=state is not None,
+            context=context,
+            state=state,
             backend=self.backend,
         )
-        if state is not None and final_state is not None:
-            state["recurrent"].copy_(final_state)
+        if state is not None:
             state["shift"].copy_(last)
         y, n_heads = y.flatten(-2), y.shape[-2]
         o_norm, o_norm_bias = local(self.o_norm), local(self.o_norm_bias)
@@ -118,16 +114,16 @@ class RWKV7(Mixer):
         return {**dict.fromkeys([*(f"{name}.weight" for name in names), *own], 0), "o_proj.weight": 1}
 
     def initial_carry(self, x: Tensor, context: Context) -> Carry:
+        if not self.is_first:
+            return {}
         # Of the shape and with x's requires_grad, like what replaces it: otherwise a compiled block would need a second
         # graph. x may have some of the tokens only.
         shape = (*context.positions.shape, self.n_heads * self.head_dim // self.share.n_ranks)
         return {FIRST_VALUE: x.new_zeros(shape, requires_grad=x.requires_grad)}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        return {
-            "recurrent": StateSpec((batch_size, self.n_heads, self.head_dim, self.head_dim), torch.float32),
-            "shift": StateSpec((batch_size, self.n_heads * self.head_dim)),
-        }
+        recurrent = recurrent_spec(batch_size, self.n_heads, self.head_dim, self.head_dim)
+        return recurrent | {"shift": StateSpec((batch_size, self.n_heads * self.head_dim))}
 
     def recurrence_flops(self) -> float:
         """Per head and token of a chunk of C: r and a with k and b, and the inverse's product with a (2CK each), A_ak

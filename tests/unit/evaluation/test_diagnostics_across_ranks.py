@@ -19,11 +19,11 @@ from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.optim.clip import GradNorms, clip_grad_norm
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
-from lt2titan.trainer import GradNorms, clip_grad_norm
 
 CPU = torch.device("cpu")
 N_LOOPS, MAX_NORM = 3, 0.1

@@ -26,13 +26,13 @@ from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.fsdp import FSDPPlan, kept_gathered, plan_fsdp, reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
-from lt2titan.trainer import clip_grad_norm
 
 CPU = torch.device("cpu")
 N_LAYERS = 2

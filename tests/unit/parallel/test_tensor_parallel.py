@@ -42,6 +42,7 @@ from lt2titan.model.mixers.config import (
     WindowConfig,
 )
 from lt2titan.model.state import allocate
+from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.config import ParallelismConfig
@@ -49,7 +50,6 @@ from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
-from lt2titan.trainer import clip_grad_norm
 
 CPU = torch.device("cpu")
 VOCABULARY, LENGTH = 20, 12
