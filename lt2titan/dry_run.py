@@ -69,7 +69,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         model.to_empty(device=CPU)
         weights = [_local(parameter) for parameter in model.parameters()]
         optimizer = build_optimizer(model, config.optimizer)
-        tokens = torch.zeros(n_rows, config.training.seq_len, dtype=torch.int64)
+        tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)
         for is_last in (False, True) if plan.defers_reductions else (True,):
             set_gradient_sync(model, is_last)
             loss, saved = _saved_bytes(model, lambda: model(tokens, targets=tokens))

@@ -106,6 +106,8 @@ class Trainer:
             dp_size=self.dims.dp_size,
             vocab_size=self.config.model.vocab_size,
             validation=text,
+            stretch=self.dims.context_rank,
+            n_stretches=self.dims.context,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -133,7 +135,8 @@ class Trainer:
         sizes = [(config.training.seq_len, self.local_batch_size)]
         if validation.enable:
             sizes.append((validation.seq_len or sizes[0][0], validation.local_batch_size or sizes[0][1]))
-        layouts = [(batch_layout(config.data, seq_len), n_rows) for seq_len, n_rows in sizes]
+        stretch = self.dims.context_rank, self.dims.context
+        layouts = [(batch_layout(config.data, seq_len, *stretch), n_rows) for seq_len, n_rows in sizes]
         batches = [model_inputs(layout.assemble([[]] * n_rows), self.device) for layout, n_rows in layouts]
         watch = RecompileWatch(config.compile.error_on_recompile)
         watch.warm_up(
@@ -293,7 +296,7 @@ class Trainer:
             self.optimizer.zero_grad()
             self._update_float8_scales()
 
-        n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size
+        n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size * self.dims.context
         self.tokens_seen += n_tokens
         self.throughput.add_step(n_tokens, self.flops_per_token[n_loops])
         return StepResult(total, grad_norms, loops)

@@ -26,6 +26,7 @@ from lt2titan.parallel.config import (
     Float8Config,
     ParallelismConfig,
 )
+from lt2titan.parallel.config.context_parallel import check_context_parallel
 from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 
 
@@ -66,6 +67,7 @@ class JobConfig:
         with _named("parallelism"):
             self.parallelism.validate_world_size(world_size)
             check_tensor_parallel(self.model, self.parallelism.tensor_parallel_degree)
+            check_context_parallel(self.model, self._lengths(), self.parallelism.context_parallel_degree)
             if self.parallelism.tensor_parallel_degree > 1 and self.parallelism.sequence_parallel:
                 self._check_sequence_parallel()
         with _named("training"):
@@ -89,13 +91,17 @@ class JobConfig:
     def _check_sequence_parallel(self) -> None:
         """Refuse rows that tensor-parallel ranks cannot split by tokens."""
         tensor, context = self.parallelism.tensor_parallel_degree, self.parallelism.context_parallel_degree
-        lengths = {"training.seq_len": self.training.seq_len}
-        if self.validation.enable and self.validation.seq_len:
-            lengths["validation.seq_len"] = self.validation.seq_len
-        for name, length in lengths.items():
+        for name, length in self._lengths().items():
             if length % (tensor * context):
                 reason = f"{name} = {length} is no multiple of {tensor * context}; change it, or set this to false"
                 raise ConfigError("sequence_parallel", True, reason)
+
+    def _lengths(self) -> dict[str, int]:
+        """Tokens of rows, by the key that sets them."""
+        lengths = {"training.seq_len": self.training.seq_len}
+        if self.validation.enable and self.validation.seq_len:
+            lengths["validation.seq_len"] = self.validation.seq_len
+        return lengths
 
     @property
     def schedule(self) -> tuple[int, int]:

@@ -50,6 +50,8 @@ def build_loaders(
     dp_size: int,
     vocab_size: int,
     validation: ValidationText | None,
+    stretch: int = 0,
+    n_stretches: int = 1,
     pin_memory: bool = False,
 ) -> tuple[TrainLoader, ValidationLoader | None]:
     """Loaders of one rank for training and validation; each source is opened once.
@@ -61,6 +63,7 @@ def build_loaders(
         dataset: one of ``DATASET_NAMES``; dataset_path: what it reads (see ``sources``).
         vocab_size: tokens that the model has room for; the synthetic dataset uses all of them.
         validation: None: on training's text, but without a loader for it.
+        stretch, n_stretches: which part of every sample, of how many (context parallelism).
     Raises:
         DataError, ConfigError: unusable data, tokenizer or settings, naming the file or key.
     """
@@ -76,7 +79,7 @@ def build_loaders(
     share = Share(local_batch_size=local_batch_size, dp_rank=dp_rank, dp_size=dp_size)
     build_order = _indexed_order if corpus.stream is None else _stream_order
     train_loader = TrainLoader(
-        build_order(data, corpus, batch_layout(data, seq_len), share, held_out),
+        build_order(data, corpus, batch_layout(data, seq_len, stretch, n_stretches), share, held_out),
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         pin_memory=pin_memory,
@@ -86,7 +89,7 @@ def build_loaders(
     validation_corpus = corpus if held_out else Corpus(data, *own, vocab_size, tokenizer=corpus.tokenizer)
     validation_loader = ValidationLoader(
         validation_corpus.validation_row(held_out),
-        batch_layout(data, validation.seq_len),
+        batch_layout(data, validation.seq_len, stretch, n_stretches),
         Share(local_batch_size=validation.local_batch_size, dp_rank=dp_rank, dp_size=dp_size),
         steps=validation.steps,
         pin_memory=pin_memory,
@@ -121,12 +124,14 @@ def build_validation_loader(
     return ValidationLoader(row, batch_layout(data, seq_len), share, steps=steps)
 
 
-def batch_layout(data: DataConfig, seq_len: int) -> BatchLayout:
-    """What every batch of samples of ``seq_len`` tokens looks like."""
+def batch_layout(data: DataConfig, seq_len: int, stretch: int = 0, n_stretches: int = 1) -> BatchLayout:
+    """What every batch of samples of ``seq_len`` tokens looks like, or of a stretch of them."""
     return BatchLayout(
         seq_len=seq_len,
         document_mask=data.document_mask,
         max_documents_per_sample=data.max_documents_per_sample,
+        stretch=stretch,
+        n_stretches=n_stretches,
     )
 
 

@@ -41,6 +41,8 @@ class Batch(NamedTuple):
             (ln 2 * n_bytes).
         chunk_indices: with cu_seqlens, what packed GPU kernels derive from it (kernels.packing.make_chunk_indices):
             made here, where threads prepare batches ahead, since asking the device would stall it.
+        cu_seqlens_k: None, or of a stretch with cu_seqlens (n + 1,) int32 boundaries of the same documents over the
+            rows from their first token to the stretch's last, flattened: where their keys lie for attention.
     """
 
     tokens: torch.Tensor
@@ -49,6 +51,29 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None
     n_bytes: torch.Tensor
     chunk_indices: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None = None
+
+    def stretch(self, index: int, n_stretches: int) -> Batch:
+        """One of n equal parts of every row, for ranks that share rows (context parallelism).
+
+        A document that has no token in it is empty in its cu_seqlens. The bytes are divided over the parts.
+        """
+        n_rows, whole = self.tokens.shape
+        length = whole // n_stretches
+        start, stop = index * length, (index + 1) * length
+        tokens, targets, positions = (
+            x[:, start:stop].contiguous() for x in (self.tokens, self.targets, self.positions)
+        )
+        cu_seqlens = cu_seqlens_k = None
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens.long()
+            row = (bounds // whole).clamp(max=n_rows - 1)
+            in_row = bounds - row * whole
+            cu_seqlens = (row * length + (in_row - start).clamp(0, length)).int()
+            cu_seqlens_k = (row * stop + in_row.clamp(max=stop)).int()
+        chunk_indices = None if cu_seqlens is None else make_chunk_indices(cu_seqlens)
+        n_bytes = self.n_bytes / n_stretches
+        return Batch(tokens, targets, positions, cu_seqlens, n_bytes, chunk_indices, cu_seqlens_k)
 
     def pinned(self) -> Batch:
         """The same in page-locked memory, from which copies to a GPU need not be waited for."""
@@ -70,11 +95,20 @@ def bytes_per_target(n_bytes: int, n_tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """What a batch looks like: seq_len = L, and whether documents see each other."""
+    """What a batch looks like: seq_len = L, whether documents see each other, and which stretch of the samples it has
+    (of how many, which must divide L)."""
 
     seq_len: int
     document_mask: bool = False
     max_documents_per_sample: int = 64
+    stretch: int = 0
+    n_stretches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seq_len % self.n_stretches or not 0 <= self.stretch < self.n_stretches:
+            raise ValueError(
+                f"samples of {self.seq_len} tokens have no stretch {self.stretch} of {self.n_stretches} equal ones"
+            )
 
     def assemble(self, windows: Sequence[Sequence[Piece]]) -> Batch:
         """Lay windows of at most L + 1 tokens out as a batch; a shorter one is filled up with ignored targets."""
@@ -101,7 +135,7 @@ class BatchLayout:
                     positions_BL[row, begin:stop] -= begin
                 boundaries += [row * length + s for s in starts[1:]] + [(row + 1) * length]
         cu_seqlens = self.document_boundaries(boundaries, n_rows) if self.document_mask else None
-        return Batch(
+        batch = Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(tokens_BL1[:, :length])),
             targets=torch.from_numpy(targets_BL),
             positions=torch.from_numpy(positions_BL),
@@ -109,6 +143,7 @@ class BatchLayout:
             n_bytes=torch.tensor(n_bytes, dtype=torch.float64),
             chunk_indices=None if cu_seqlens is None else make_chunk_indices(cu_seqlens),
         )
+        return batch if self.n_stretches == 1 else batch.stretch(self.stretch, self.n_stretches)
 
     def document_boundaries(self, boundaries: list[int], n_rows: int) -> torch.Tensor:
         """``boundaries`` padded with n_rows * L to n_rows * max_documents_per_sample + 1.

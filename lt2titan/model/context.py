@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lt2titan.model.stretch import Stretch
+
 Carry = dict[str, Tensor]
 """Tensors that flow from layer to layer and loop to loop beside the hidden states; empty for most mixers."""
 
@@ -21,6 +23,7 @@ class Context:
     chunk_indices: what packed GPU kernels derive from cu_seqlens, made on the host; None if not needed.
     max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
     window: attention window of softmax layers in this loop; None leaves each mixer its own, 0 is full.
+    stretch: where these are parts of rows, whose earlier and later tokens lie on other ranks; None: they are all.
     """
 
     positions: Tensor
@@ -29,6 +32,7 @@ class Context:
     chunk_indices: Tensor | None = None
     max_seqlen: int = 0
     window: int | None = None
+    stretch: Stretch | None = None
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

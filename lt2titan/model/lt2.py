@@ -14,7 +14,9 @@ from lt2titan.model.context import Context, rotary_tables
 from lt2titan.model.head import ChunkLoss, chunk_loss_sum, logits, loss_sum
 from lt2titan.model.layers import Embedding, Linear, RMSNorm
 from lt2titan.model.looped_core import LoopedCore
+from lt2titan.model.shares import Share
 from lt2titan.model.state import DecodeState
+from lt2titan.model.stretch import find_stretch
 
 
 class LT2(nn.Module):
@@ -34,6 +36,8 @@ class LT2(nn.Module):
         self.head = None if tied else Linear(config.dim, config.vocab_size, init_std=config.dim**-0.5)
         self.chunk_loss: ChunkLoss = chunk_loss_sum
         """Set by parallel/compile.py."""
+        self.stretches = Share()
+        """Of every row, which tokens this rank has; set by parallel/context_parallel.py."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -46,6 +50,7 @@ class LT2(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
         chunk_indices: Tensor | None = None,
         max_seqlen: int = 0,
         state: DecodeState | None = None,
@@ -55,7 +60,7 @@ class LT2(nn.Module):
     ) -> Tensor:
         """Logits (B, L, vocab), or (M, vocab) of chosen tokens, or with ``targets`` the summed cross-entropy.
 
-        The cross-entropy is a scalar, in nats.
+        The cross-entropy is a scalar, in nats. Under context parallelism everything is this rank's part of the rows.
 
         Args:
             tokens: (B, L) int64.
@@ -64,8 +69,10 @@ class LT2(nn.Module):
                 state, which knows them.
             cu_seqlens: (N + 1,) int32, boundaries of packed documents over the flattened tokens (B x L); positions
                 must then restart with them.
+            cu_seqlens_k: (N + 1,) int32, under context parallelism with cu_seqlens: the documents' boundaries over the
+                rows from their first token to this rank's last (see data/stretch.py).
             chunk_indices: see kernels.packing.make_chunk_indices; saves a device sync with cu_seqlens.
-            max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
+            max_seqlen: upper bound on the documents' lengths on a rank, with cu_seqlens.
             state: continue the sequences in it, and update it in place. Without cu_seqlens, row b continues sequence
                 b; with cu_seqlens, document n (which may be empty) continues sequence n: a prefill of prompts of
                 unequal lengths. cu_seqlens may then stay on the CPU, which saves a device sync.
@@ -88,11 +95,16 @@ class LT2(nn.Module):
                 positions = state.advance_packed(bounds, cu_seqlens)
                 max_seqlen = max(end - start for start, end in pairwise(bounds))
         elif positions is None:
-            positions = torch.arange(shape[1], device=tokens.device).expand(shape)
+            first = self.stretches.rank * shape[1]
+            positions = torch.arange(first, first + shape[1], device=tokens.device).expand(shape)
+        stretch = None
+        if self.stretches.n_ranks > 1:
+            stretch = find_stretch(positions, self.stretches, cu_seqlens, cu_seqlens_k)
         if cu_seqlens is not None:  # packed kernels take one row with boundaries
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
-        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen or shape[1])
+        max_seqlen = (max_seqlen or shape[1]) * self.stretches.n_ranks
+        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch)
         h = self.core(
             self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops
         )
@@ -110,6 +122,8 @@ class LT2(nn.Module):
                 f"n_loops = {n_loops} and n_backward_loops = {n_backward_loops}: a model of {most} loops runs 0 (all) "
                 "to that many, and gradients pass through no more than run"
             )
+        if state is not None and self.stretches.n_ranks > 1:
+            raise ValueError("a model with context parallelism does not decode: load its checkpoint into one process")
         if n_loops and state is not None:
             raise ValueError(f"n_loops = {n_loops} cannot be given with a decode state, which has slots for all loops")
 

@@ -72,6 +72,11 @@ def sum_and_split_tokens(x: Tensor, share: Share) -> Tensor:
     return _SumAndSplitTokens.apply(x, share)  # type: ignore[no-any-return]
 
 
+def gather_ranks(x: Tensor, share: Share) -> Tensor:
+    """x of each rank -> (n, *x.shape), of which each uses what it needs: gradients are summed and sent back."""
+    return _GatherTokens.apply(x.unsqueeze(0), share).unflatten(1, (share.n_ranks, -1)).squeeze(0)  # type: ignore[no-any-return]
+
+
 def gather_last(x: Tensor, share: Share) -> Tensor:
     """(..., D / n) of each rank -> (..., D), with which all go on alike: each gets its part of the gradient."""
     return _GatherLast.apply(x, share)  # type: ignore[no-any-return]

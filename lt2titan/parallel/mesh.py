@@ -84,6 +84,11 @@ class ParallelDims:
     def dp_rank(self) -> int:
         return dist.get_rank() // (self.context * self.tensor)
 
+    @property
+    def context_rank(self) -> int:
+        """Which stretch of its samples this process has, of ``context``."""
+        return dist.get_rank() // self.tensor % self.context
+
 
 def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

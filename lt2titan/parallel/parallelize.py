@@ -7,6 +7,7 @@ import torch
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from lt2titan.parallel.compile import apply_compile
+from lt2titan.parallel.context_parallel import apply_context_parallel
 from lt2titan.parallel.float8 import Float8Plan, apply_float8
 from lt2titan.parallel.fsdp import apply_fsdp
 from lt2titan.parallel.mesh import ParallelDims
@@ -29,13 +30,16 @@ def parallelize(
     float8: Float8Plan | None = None,
 ) -> None:
     """Lay ``model`` out in place, in an order that matters: float8 first, because it exchanges modules; tensor
-    parallelism while parameters are plain; checkpointing before FSDP, so that what is recomputed runs inside the module
-    that FSDP keeps gathered; compilation after checkpointing, which graphs may contain, and before FSDP, whose
-    collectives stay outside of graphs."""
+    parallelism while parameters are plain; context parallelism, which touches no parameter, with it, as both change
+    what a block exchanges; checkpointing before FSDP, so that what is recomputed runs inside the module that FSDP keeps
+    gathered; compilation after checkpointing, which graphs may contain, and before FSDP, whose collectives stay outside
+    of graphs."""
     if float8 is not None:
         apply_float8(model, float8, dims.tensor)
     if dims.tensor > 1:
         apply_tensor_parallel(model, dims.mesh["tensor"], sequence_parallel)
+    if dims.context_mesh is not None:
+        apply_context_parallel(model, dims.context_mesh)
     apply_activation_checkpoint(
         model,
         activation_checkpoint,

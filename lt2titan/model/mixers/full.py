@@ -11,6 +11,7 @@ from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import FullConfig, WindowConfig
+from lt2titan.model.stretch import with_earlier_keys
 
 QUERY_BLOCK = 1024
 """New tokens whose scores are masked at a time when a decode state is continued: the mask never has L x L entries."""
@@ -44,12 +45,17 @@ class Full(Mixer):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         window = self.window if context.window is None else context.window
         if state is None:
+            cu_seqlens_k = context.cu_seqlens
+            if context.stretch is not None:
+                k, v = with_earlier_keys(k, v, context.stretch)
+                cu_seqlens_k = context.stretch.cu_seqlens_k
             y = attention(
                 q,
                 k,
                 v,
                 window=window,
                 cu_seqlens=context.cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
                 max_seqlen=context.max_seqlen,
                 backend=self.backend,
             )
@@ -72,7 +78,11 @@ class Full(Mixer):
         q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
         k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
         window = self.window if context.window is None else context.window
-        return first_token_mass(q, k, window, context.cu_seqlens, queries, counted)
+        cu_seqlens_k = context.cu_seqlens
+        if context.stretch is not None:
+            k, _ = with_earlier_keys(k, k, context.stretch)
+            cu_seqlens_k = context.stretch.cu_seqlens_k
+        return first_token_mass(q, k, window, context.cu_seqlens, cu_seqlens_k, queries, counted)
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
         window = self.window if window is None else window

@@ -14,6 +14,7 @@ from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Context
 from lt2titan.model.mixers.base import State, StateSpec
 from lt2titan.model.shares import Share, all_sum, local
+from lt2titan.model.stretch import recur_across, tokens_before
 
 CHUNK = 64
 """Tokens per chunk that FLOPs of recurrences are counted for."""
@@ -33,6 +34,8 @@ def convolve(
     The last W - 1 inputs are read from and written to ``state[name]`` (B, D, W - 1); see `convolution_spec`.
     """
     taps = None if state is None else state[name]
+    if context.stretch is not None:
+        taps = tokens_before(x, weight.shape[1] - 1, context.stretch, context.cu_seqlens).mT
     y, final_taps = short_convolution(
         x,
         local(weight),
@@ -44,8 +47,8 @@ def convolve(
         return_final_state=state is not None,
         backend=backend,
     )
-    if taps is not None and final_taps is not None:
-        taps.copy_(final_taps)
+    if state is not None and final_taps is not None:
+        state[name].copy_(final_taps)
     return y
 
 
@@ -61,6 +64,16 @@ def recur(
 
     Continues ``state["recurrent"]`` (B, HV, K, V) and leaves the final states there; see `recurrent_spec`.
     """
+    if context.stretch is not None:
+        return recur_across(
+            recurrence,
+            *inputs,
+            stretch=context.stretch,
+            cu_seqlens=context.cu_seqlens,
+            chunk_indices=context.chunk_indices,
+            backend=backend,
+            **options,
+        )
     y, final_state = recurrence(
         *inputs,
         initial_state=None if state is None else state["recurrent"],

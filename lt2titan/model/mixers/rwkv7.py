@@ -16,6 +16,7 @@ from lt2titan.model.mixers.config import RWKV7Config
 from lt2titan.model.mixers.pieces import CHUNK, l2_norm, precise, recur, recurrent_spec
 from lt2titan.model.mixers.token_shift import token_shift
 from lt2titan.model.shares import local
+from lt2titan.model.stretch import tokens_before
 
 FIRST_VALUE = "rwkv7_first_value"
 """Name in the carry of the first RWKV-7 layer's values (B, L, dim)."""
@@ -63,7 +64,10 @@ class RWKV7(Mixer):
         self.o_norm_bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        before, last = token_shift(x, None if state is None else state["shift"], context.cu_seqlens)
+        shift = None if state is None else state["shift"]
+        if context.stretch is not None:
+            shift = tokens_before(x, 1, context.stretch, context.cu_seqlens)[:, 0]
+        before, last = token_shift(x, shift, context.cu_seqlens)
         delta = before - x
         r = self.r_proj(x + delta * local(self.x_r))
         k = self.k_proj(x + delta * local(self.x_k))

@@ -24,7 +24,8 @@ class ParallelismConfig:
     """With tensor parallelism, split the residual stream between layers by tokens: less memory, as much communication.
     Off, rows may have any length."""
     context_parallel_degree: int = 1
-    """Only 1: context parallelism is not available yet."""
+    """Processes that split every row of tokens among them, for rows too long for one: each has a contiguous stretch.
+    Must divide training.seq_len and validation.seq_len."""
     pipeline_parallel_degree: int = 1
     """Only 1: a looped stack visits every stage once per loop, so a pipeline would idle for most of each step."""
     expert_parallel_degree: int = 1
@@ -46,7 +47,6 @@ class ParallelismConfig:
         for name in ("data_parallel_replicate_degree", "tensor_parallel_degree", "context_parallel_degree"):
             require(getattr(self, name) > 0, self, name, "must be positive")
         reasons = {
-            "context_parallel_degree": "context parallelism is not available yet; set it to 1",
             "pipeline_parallel_degree": "refused: the looped stack passes through every stage n_loops times per "
             "token, so stages would wait for each other; set it to 1 and shard with FSDP2",
             "expert_parallel_degree": "refused: LT2 models have no experts to distribute; set it to 1",

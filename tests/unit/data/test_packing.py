@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,3 +69,37 @@ def test_documents_that_do_not_fit_double_the_room_and_are_never_merged(caplog: 
 def test_bytes_per_target() -> None:
     assert bytes_per_target(10, 6) == 2.0  # BOS is no target of its own document
     assert bytes_per_target(10, 1) == 0.0
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("n_stretches", [1, 2, 3, 6])
+def test_stretches_laid_side_by_side_are_the_whole(mask: bool, n_stretches: int) -> None:
+    layout = BatchLayout(seq_len=6, document_mask=mask, max_documents_per_sample=3)
+    whole = layout.assemble(WINDOWS)
+    parts = [replace(layout, stretch=i, n_stretches=n_stretches).assemble(WINDOWS) for i in range(n_stretches)]
+    for name in ("tokens", "targets", "positions"):
+        together = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(together, getattr(whole, name))
+    assert sum(part.n_bytes.item() for part in parts) == pytest.approx(whole.n_bytes.item())
+    if not mask:
+        assert all(part.cu_seqlens is None and part.cu_seqlens_k is None for part in parts)
+        return
+    assert whole.cu_seqlens is not None
+    document = torch.bucketize(torch.arange(12), whole.cu_seqlens[1:].long(), right=True).view(2, 6)
+    for i, part in enumerate(parts):
+        stop = (i + 1) * (6 // n_stretches)
+        if n_stretches == 1:
+            continue
+        assert part.cu_seqlens is not None and part.cu_seqlens_k is not None and part.chunk_indices is not None
+        assert part.cu_seqlens.dtype == part.cu_seqlens_k.dtype == torch.int32
+        for bounds, start in ((part.cu_seqlens, stop - 6 // n_stretches), (part.cu_seqlens_k, 0)):
+            expected = document[:, start:stop].flatten()
+            assert len(bounds) == len(whole.cu_seqlens) and int(bounds[-1]) == len(expected)
+            assert torch.equal(torch.repeat_interleave(torch.arange(6), bounds.diff()), expected)
+        assert torch.equal(part.chunk_indices, make_chunk_indices(part.cu_seqlens))
+
+
+@pytest.mark.parametrize("stretch", [{"n_stretches": 4}, {"stretch": 2, "n_stretches": 2}])
+def test_stretches_that_do_not_exist_are_refused(stretch: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="6 tokens have no stretch"):
+        BatchLayout(seq_len=6, **stretch)

@@ -53,7 +53,7 @@ def test_mass_equals_the_softmax_written_out(
     chosen = [(row, int(queries[n])) for row, n in counted.nonzero().tolist()]
     # Boundaries are padded with the length, as the data loader does it.
     cu_seqlens = None if starts is None else torch.tensor([*starts, length, length, length], dtype=torch.int32)
-    result = first_token_mass(q, k, window, cu_seqlens, queries, counted)
+    result = first_token_mass(q, k, window, cu_seqlens, cu_seqlens, queries, counted)
     expected = expected_mass(q.numpy(), k.numpy(), window, starts or [0], chosen)
     assert result.tolist() == pytest.approx(expected, abs=1e-12)
     assert (window == 1) == (expected[1] == 0)  # the cases say something
@@ -74,12 +74,14 @@ def test_long_rows_never_have_all_their_scores(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention_mass, "SCORES", 100_000)
     q, k = tensors(1, length, n_heads, n_heads)
     with LargestTensor() as largest:
-        first_token_mass(q, k, 0, None, torch.arange(length), torch.ones(1, length, dtype=torch.bool))
+        first_token_mass(q, k, 0, None, None, torch.arange(length), torch.ones(1, length, dtype=torch.bool))
     assert largest.numel <= 100_000  # all scores would be 18 million
 
 
 def test_lower_precision_is_computed_in_fp32() -> None:
     q, k = (x.bfloat16() for x in tensors(1, 23, 4, 2))
     counted = torch.ones(1, 23, dtype=torch.bool)
-    expected = first_token_mass(q.double(), k.double(), 0, None, torch.arange(23), counted)
-    torch.testing.assert_close(first_token_mass(q, k, 0, None, torch.arange(23), counted), expected, rtol=1e-6, atol=0)
+    expected = first_token_mass(q.double(), k.double(), 0, None, None, torch.arange(23), counted)
+    torch.testing.assert_close(
+        first_token_mass(q, k, 0, None, None, torch.arange(23), counted), expected, rtol=1e-6, atol=0
+    )

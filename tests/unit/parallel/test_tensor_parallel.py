@@ -2,192 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor, distribute_tensor
+from split_models import (
+    CPU,
+    FOUR_HEADS,
+    LENGTH,
+    MIXERS,
+    ONE_GROUP,
+    batches,
+    check_same,
+    config,
+    in_turn,
+    loss_of,
+    own_part,
+    relative_error,
+    rows,
+    run,
+    split_model,
+    whole_model,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
-from lt2titan.data.packing import Batch
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
 from lt2titan.metrics.loop_statistics import LoopStatistics
-from lt2titan.model.config import HybridConfig, ModelConfig
-from lt2titan.model.init import build_on_meta, materialise
-from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import (
-    DeltaNetConfig,
-    FullConfig,
-    GDNConfig,
-    GLAConfig,
-    HGRN2Config,
-    KDAConfig,
-    Mamba2Config,
-    MixersConfig,
-    RetNetConfig,
-    RWKV7Config,
-    WindowConfig,
-)
+from lt2titan.model.config import ModelConfig
+from lt2titan.model.mixers.config import GDNConfig, Mamba2Config, MixersConfig
 from lt2titan.model.state import allocate
-from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
-from lt2titan.parallel.parallelize import parallelize
-
-CPU = torch.device("cpu")
-VOCABULARY, LENGTH = 20, 12
-
-MIXERS = MixersConfig(
-    full=FullConfig(n_heads=4, n_kv_heads=2, output_gate=True),
-    window=WindowConfig(n_heads=4, window=5),
-    retnet=RetNetConfig(n_heads=2, expand_k=1.5, expand_v=1.25),
-    mamba2=Mamba2Config(n_heads=4, n_groups=2, state_size=6),
-    gla=GLAConfig(n_heads=2, expand_k=0.75, decay_rank=3),
-    hgrn2=HGRN2Config(n_heads=2),
-    deltanet=DeltaNetConfig(n_heads=2, expand_v=1.25),
-    gdn=GDNConfig(n_heads=2, n_v_heads=4),
-    kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5),
-    rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
-)
-ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
-FOUR_HEADS = replace(
-    MIXERS,
-    full=FullConfig(n_heads=4, n_kv_heads=4),
-    gdn=GDNConfig(n_heads=4),
-    hgrn2=HGRN2Config(n_heads=4),
-    retnet=RetNetConfig(n_heads=4),
-)
-
-
-def config(mixer: str, rare: str = "", mixers: MixersConfig = MIXERS, tied: bool = True) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=VOCABULARY,
-        dim=16,
-        n_layers=2,
-        n_loops=3,
-        ffn_dim=24,
-        tie_embeddings=tied,
-        mixer=mixer,
-        hybrid=HybridConfig(mixer=rare, ratio=1),
-        mixers=mixers,
-    )
-
-
-def unsettle(model: LT2) -> LT2:
-    """Move parameters that start neutral, and so are no test of anything, in any layout alike."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-            if isinstance(parameter, DTensor):
-                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.add_(noise)
-    return model
-
-
-def whole_model(config: ModelConfig) -> LT2:
-    model = build_on_meta(config, "reference")
-    materialise(model, CPU, seed=3)
-    return unsettle(model)
-
-
-def split_model(config: ModelConfig, dims: ParallelDims, sequence_parallel: bool, **options: Any) -> LT2:
-    model = build_on_meta(config, "reference")
-    options = {"activation_checkpoint": "none", **options}
-    parallelize(
-        model,
-        dims,
-        param_dtype=torch.get_default_dtype(),
-        reduce_dtype=torch.get_default_dtype(),
-        sequence_parallel=sequence_parallel,
-        **options,
-    )
-    materialise(model, CPU, seed=3)
-    return unsettle(model)
-
-
-def rows(step: int) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-
-
-def loss_of(model: LT2, rows: torch.Tensor, packed: bool, **options: Any) -> torch.Tensor:
-    """Divided by the tokens of all ranks; with some targets that predict nothing."""
-    tokens, targets = rows[:, :-1], rows[:, 1:].clone()
-    targets[:, 3] = -100
-    if packed:
-        ends = torch.tensor([0, 5, 6, 17, 24], dtype=torch.int32)  # of two rows
-        positions = torch.cat([torch.arange(int(n)) for n in ends.diff()]).view(2, LENGTH)
-        losses = [
-            model(t, targets=y, positions=positions, cu_seqlens=ends, max_seqlen=LENGTH, **options)
-            for t, y in zip(tokens.split(2), targets.split(2), strict=True)
-        ]
-        return torch.stack(losses).sum() / (4 * LENGTH)
-    return model(tokens, targets=targets, **options) / (4 * LENGTH)
-
-
-def whole(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def relative_error(tensor: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    return float((whole(tensor) - whole(expected)).norm() / whole(expected).norm())
-
-
-def check_same(
-    config: ModelConfig,
-    dims: ParallelDims,
-    *,
-    sequence_parallel: bool = True,
-    packed: bool = False,
-    n_steps: int = 1,
-    options: dict[str, Any] | None = None,
-    **layout: Any,
-) -> None:
-    """Initial values equal; loss, all gradients and their norm those of the whole model, in fp64.
-
-    In fp32 rounding alone moves some gradients of these small models by 1e-3.
-    """
-    one, split = whole_model(config), split_model(config, dims, sequence_parallel, **layout)
-    expected = dict(one.named_parameters())
-    for name, parameter in split.named_parameters():
-        assert torch.equal(whole(parameter), expected[name]), name
-    optimizers = [build_optimizer(model, OptimizerConfig(lr=1e-3)) for model in (one, split)]
-    n_rows = 4 // dims.dp_size
-    own = slice(dims.dp_rank * n_rows, (dims.dp_rank + 1) * n_rows)
-    for step in range(n_steps):
-        expected_loss = loss_of(one, rows(step), packed, **(options or {}))
-        expected_loss.backward()
-        loss = loss_of(split, rows(step)[own], packed, **(options or {}))
-        loss.backward()
-        reshard(split)
-        loss = loss.detach()
-        dist.all_reduce(loss, group=dims.loss_group)
-        torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-11, atol=0)
-        if step == 0:
-            errors = {name: relative_error(p.grad, expected[name].grad) for name, p in split.named_parameters()}
-            assert max(errors.values()) < 1e-10, errors
-        torch.testing.assert_close(clip_grad_norm(split, 1e9), clip_grad_norm(one, 1e9), rtol=1e-10, atol=0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 def mesh(tensor: int) -> ParallelDims:
@@ -219,7 +76,7 @@ def losses_in_fp32() -> None:
     for step in range(4):
         losses = []
         for model, optimizer in zip(models, optimizers, strict=True):
-            losses.append(loss_of(model, rows(step), packed=True))
+            losses.append(loss_of(model, batches(step, packed=True)))
             losses[-1].backward()
             if model is models[1]:
                 reshard(model)
@@ -238,14 +95,12 @@ def recompute_and_fewer_loops() -> None:
 def diagnosed_and_observed_alike() -> None:
     dims, shape = mesh(2), config("gdn", "full")
     one, split = whole_model(shape), split_model(shape, dims, True)
-    text = rows(0)
-    positions = torch.arange(LENGTH).expand(4, LENGTH)
-    batch = Batch(text[:, :-1], text[:, 1:], positions, None, torch.tensor(1.0), None)
-    figures = [validation_diagnostics(model, [batch], CPU) for model in (split, one)]
+    text = batches(0, packed=False)
+    figures = [validation_diagnostics(model, text, CPU) for model in (split, one)]
     statistics = [LoopStatistics(3, CPU) for _ in figures]
     for model, observer in zip((split, one), statistics, strict=True):
         with model.core.observed_by(observer):
-            loss_of(model, text, packed=False)
+            loss_of(model, text)
     split_figures, expected = (a | b.figures() for a, b in zip(figures, statistics, strict=True))
     assert len(expected) == 3 * 5
     assert split_figures == pytest.approx(expected, rel=1e-10)
@@ -256,9 +111,9 @@ def sums_of_gradients_do_not_grow_with_loops() -> None:
     dims, counts = mesh(2), []
     for n_loops in (1, 3):
         split = split_model(config("gdn"), dims, True)
-        loss_of(split, rows(0), packed=False, n_loops=n_loops).backward()  # whatever is made at first
+        loss_of(split, batches(0, packed=False)[:1], n_loops=n_loops).backward()  # whatever is made at first
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            loss_of(split, rows(0), packed=False, n_loops=n_loops).backward()
+            loss_of(split, batches(0, packed=False)[:1], n_loops=n_loops).backward()
         counts.append(Counter(event.name for event in profiler.events() if event.name.startswith("c10d::")))
     sums = [sum(n for name, n in count.items() if "allreduce" in name) for count in counts]
     gathers = [sum(n for name, n in count.items() if "allgather" in name) for count in counts]
@@ -316,11 +171,10 @@ def deferred_reductions() -> None:
     """Partial gradients of several microbatches are added up before they are summed over ranks."""
     dims, shape = mesh(2), config("gdn", "gla")
     one, split = whole_model(shape), split_model(shape, dims, True)
-    own = slice(dims.dp_rank * 2, dims.dp_rank * 2 + 2)
     for step in range(3):
-        loss_of(one, rows(step), packed=False).backward()
+        loss_of(one, batches(step, packed=False)).backward()
         set_gradient_sync(split, step == 2)
-        loss_of(split, rows(step)[own], packed=False).backward()
+        loss_of(split, own_part(batches(step, packed=False), dims)).backward()
     reshard(split)
     expected = dict(one.named_parameters())
     errors = {name: relative_error(p.grad, expected[name].grad) for name, p in split.named_parameters()}
@@ -338,26 +192,6 @@ def compiled() -> None:
 def four_shares() -> None:
     for name in ("gdn", "full", "hgrn2", "retnet", "mamba2"):
         check_same(config(name, mixers=FOUR_HEADS), mesh(4), packed=True)
-
-
-def _start(rank: int, n_ranks: int, rendezvous: str, work: Callable[[], None]) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_ranks)
-    work()
-    dist.barrier()
-    os._exit(0)  # as lt2titan.train leaves: tearing down races with gloo's threads
-
-
-def run(n_ranks: int, work: Callable[[], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        args = (n_ranks, str(Path(folder) / "rendezvous"), work)
-        mp.spawn(_start, args=args, nprocs=n_ranks)  # type: ignore[no-untyped-call]
-
-
-def in_turn(works: list[Callable[[], None]]) -> None:
-    for work in works:
-        work()
 
 
 def test_two_ranks_against_one() -> None:

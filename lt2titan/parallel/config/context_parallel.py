@@ -1,0 +1,29 @@
+"""What context parallelism can split. Imports without torch."""
+
+from __future__ import annotations
+
+from lt2titan.config.section import ConfigError
+from lt2titan.model.config import ModelConfig
+
+
+def check_context_parallel(model: ModelConfig, lengths: dict[str, int], degree: int) -> None:
+    """Refuse a degree that does not split rows evenly, or whose stretches are shorter than a convolution reaches back.
+
+    Args:
+        lengths: of rows in tokens, by the key that sets them.
+
+    Raises:
+        ConfigError: context_parallel_degree, with the numbers.
+    """
+    history = max(getattr(getattr(model.mixers, name), "conv_size", 2) - 1 for name in model.layer_mixers)
+    for name, length in lengths.items():
+        if length % degree:
+            nearest = -(-length // degree) * degree
+            reason = f"does not divide {name} = {length}; change either (the next length that it divides is {nearest})"
+            raise ConfigError("context_parallel_degree", degree, reason)
+        if length // degree < history and degree > 1:
+            reason = (
+                f"{name} = {length} would leave {length // degree} tokens per rank, and the model's mixers look "
+                f"{history} tokens back; use at most {length // history}"
+            )
+            raise ConfigError("context_parallel_degree", degree, reason)

@@ -1,0 +1,163 @@
+"""Models whose rows are split over processes against whole ones: values, losses, gradients of every mixer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from split_models import (
+    CPU,
+    LENGTH,
+    ONE_GROUP,
+    batches,
+    check_same,
+    config,
+    in_turn,
+    loss_of,
+    own_part,
+    rows,
+    run,
+    split_model,
+    whole_model,
+)
+from torch.profiler import ProfilerActivity, profile
+
+from lt2titan.config.job import JobConfig
+from lt2titan.config.section import ConfigError
+from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
+from lt2titan.metrics.loop_statistics import LoopStatistics
+from lt2titan.model.mixers.config import MixersConfig
+from lt2titan.model.state import allocate
+from lt2titan.parallel.config import ParallelismConfig
+from lt2titan.parallel.mesh import ParallelDims
+
+
+def mesh(context: int, **degrees: int) -> ParallelDims:
+    return ParallelDims.build(ParallelismConfig(context_parallel_degree=context, **degrees), "cpu")
+
+
+def every_mixer() -> None:
+    dims = mesh(2)
+    for name in MixersConfig.names():
+        for packed in (False, True):
+            check_same(config(name), dims, packed=packed)
+
+
+def several_steps() -> None:
+    check_same(config("gdn", "full", tied=False), mesh(2), n_steps=4)
+
+
+def recompute_and_fewer_loops() -> None:
+    dims = mesh(2)
+    for mode in ("block", "selective", "loop", "nested"):
+        check_same(config("rwkv7", "full"), dims, activation_checkpoint=mode, packed=True)
+    check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
+
+
+def diagnosed_and_observed_alike() -> None:
+    dims = mesh(2)
+    for packed in (False, True):
+        shape, text = config("gdn", "full"), batches(0, packed)
+        one, split = whole_model(shape), split_model(shape, dims, True)
+        figures, statistics = [], [LoopStatistics(3, CPU) for _ in range(2)]
+        for model, part, observer in zip((split, one), (own_part(text, dims), text), statistics, strict=True):
+            figures.append(validation_diagnostics(model, part, CPU))
+            with model.core.observed_by(observer):
+                loss_of(model, part)
+            figures[-1] |= observer.figures()
+        assert len(figures[1]) == 3 * 5
+        assert figures[0] == pytest.approx(figures[1], rel=1e-10)
+
+
+def collectives_per_visit() -> None:
+    """One gather of keys and values; one of a recurrence's ends and one for each of its three convolutions."""
+    dims = mesh(2)
+    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4)):
+        split = split_model(config(name), dims, True)
+        part = own_part(batches(0, packed=False), dims)[:1]
+        loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            loss_of(split, part).backward()
+        counts = Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
+        n_visits, n_groups = 2 * 3, 3
+        gathers = sum(n for event, n in counts.items() if "allgather" in event)
+        scatters = sum(n for event, n in counts.items() if "reduce_scatter" in event)
+        assert gathers == n_gathers * n_visits, counts
+        assert scatters == n_gathers * n_visits + n_groups, counts
+
+
+def logits_of_a_stretch() -> None:
+    dims, shape = mesh(2), config("gdn", "full")
+    split, tokens = split_model(shape, dims, True), rows(0)[:, :LENGTH]
+    half = LENGTH // 2
+    own = slice(dims.context_rank * half, (dims.context_rank + 1) * half)
+    with torch.no_grad():  # the positions are the model's own
+        torch.testing.assert_close(split(tokens[:, own]), whole_model(shape)(tokens)[:, own])
+        with pytest.raises(ValueError, match="does not decode"):
+            split(tokens[:, own], state=allocate(whole_model(shape), 4, 8, torch.float64, CPU))
+
+
+def four_stretches() -> None:
+    """A convolution of four taps reaches over a whole stretch of three tokens, and a document over all of them."""
+    dims = mesh(4)
+    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window"):
+        for packed in (False, True):
+            check_same(config(name), dims, packed=packed)
+
+
+def with_fsdp_and_tensor_parallelism() -> None:
+    check_same(config("gdn", "full"), mesh(2), packed=True, n_steps=2)
+    check_same(config("mamba2", "window"), mesh(2), loop_reshard="per_visit", activation_checkpoint="block")
+    dims = mesh(2, tensor_parallel_degree=2)
+    assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
+    check_same(config("gdn", "full"), dims, packed=True)
+    check_same(config("rwkv7", "mamba2", mixers=ONE_GROUP), dims, sequence_parallel=False, packed=True)
+    check_same(config("gdn"), mesh(2, data_parallel_replicate_degree=2), n_steps=2)
+
+
+def compiled() -> None:
+    dims = mesh(2)
+    for name in ("gdn", "rwkv7", "retnet"):
+        check_same(config(name, "full"), dims, compile_backend="aot_eager", packed=True)
+
+
+def test_two_ranks_against_one() -> None:
+    works = [
+        every_mixer,
+        several_steps,
+        recompute_and_fewer_loops,
+        diagnosed_and_observed_alike,
+        collectives_per_visit,
+        logits_of_a_stretch,
+    ]
+    run(2, partial(in_turn, works))
+
+
+def test_four_ranks_against_one() -> None:
+    run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism]))
+
+
+@pytest.mark.wide
+def test_compiled_blocks() -> None:
+    run(2, compiled)
+
+
+def test_a_run_is_refused_before_it_starts() -> None:
+    job = JobConfig(model=config("gdn"), parallelism=ParallelismConfig(context_parallel_degree=2))
+    job.training.dataset, job.training.seq_len, job.validation.enable = "synthetic", 32, False
+    job.validate_run(2)
+    job.training.seq_len = 33
+    with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*seq_len = 33.* is 34"):
+        job.validate_run(2)
+    job.training.seq_len, job.parallelism.context_parallel_degree = 32, 16
+    with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 16: .*2 tokens.* at most 10"):
+        job.validate_run(16)
+    job.model = replace(config("gla"), mixer="gla")  # looks back through its state alone
+    job.validate_run(16)
+    job.training.seq_len, job.parallelism.context_parallel_degree = 32, 2
+    job.validation.enable, job.validation.seq_len = True, 31
+    with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*validation.seq_len = 31"):
+        job.validate_run(2)
