@@ -67,7 +67,8 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
     parallelism.validate_world_size(world_size)
     batch_size, n_microbatches = config.training.microbatches(parallelism.data_parallel_size(world_size))
     model = build_on_meta(config.model, "fla")
-    n_shards, n_replicas = parallelism.shard_degree(world_size), parallelism.data_parallel_replicate_degree
+    n_context, n_replicas = parallelism.context_parallel_degree, parallelism.data_parallel_replicate_degree
+    n_shards = parallelism.shard_degree(world_size) * n_context
     precision = config.training.mixed_precision_param
     dtype = torch.bfloat16 if precision == "auto" else getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
@@ -86,6 +87,7 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
     layout = Layout(
         n_replicas,
         n_shards,
+        n_context,
         parallelism.tensor_parallel_degree,
         plan.loop_reshard,
         plan.defers_reductions,

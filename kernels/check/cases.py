@@ -220,8 +220,11 @@ def _gated_rms_norm(case: Case, packing: _Packing, backend: str) -> Built:
 
 
 def _attention(case: Case, packing: _Packing, backend: str) -> Built:
-    window = case.options.get("window", 0)
+    window, n_before = case.options.get("window", 0), case.options.get("n_before", 0)
     inputs = attention_inputs(packing.batch, packing.length, case.sizes)
+    cu_seqlens = packing.cu_seqlens
+    if cu_seqlens is not None:
+        cu_seqlens = (cu_seqlens - n_before).clamp(min=0)
 
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
         if case.decode:  # one query at a time over the keys so far, as mixers do with their caches
@@ -231,9 +234,12 @@ def _attention(case: Case, packing: _Packing, backend: str) -> Built:
                 steps.append(masked_attention(x["q"][:, t : t + 1], x["k"][:, : t + 1], x["v"][:, : t + 1], seen))
             return (torch.cat(steps, dim=1),)
         y = attention(
-            **x,
+            x["q"][:, n_before:],
+            x["k"],
+            x["v"],
             window=window,
-            cu_seqlens=packing.cu_seqlens,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
             backend=backend,
         )
@@ -242,7 +248,7 @@ def _attention(case: Case, packing: _Packing, backend: str) -> Built:
     return Built(
         {name: x.to(case.dtype) for name, x in inputs.items()},
         run,
-        lambda x: (attention_definition(**x, window=window, documents=case.documents),),
+        lambda x: (attention_definition(**x, window=window, documents=case.documents)[:, n_before:],),
     )
 
 
@@ -290,6 +296,9 @@ def _recurrence_cases(operator: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case(operator, dtype, "single head, decay near 1", single, length=131, decay="near_one")
     yield Case(operator, dtype, "single head, decay near 0", single, length=131, decay="near_zero")
     yield Case(operator, dtype, "token by token", wide, batch=2, length=9, decode=True)
+    # A stretch of rows under context parallelism: documents that lie elsewhere, and K more value channels.
+    stretch = wide._replace(V=wide.K + wide.V)
+    yield Case(operator, dtype, "packed, wide values", stretch, documents=(0, 0, 130, 0, 65, 0), state=True)
     if check.grouped_values:
         yield Case(operator, dtype, "grouped values, packed", Sizes(1, 2, 32, 32), documents=DOCUMENTS)
 
@@ -305,3 +314,6 @@ def _attention_cases(dtype: torch.dtype, backend: str) -> Iterator[Case]:
     yield Case("attention", dtype, "window", heads, batch=2, length=197, options={"window": 33})
     yield Case("attention", dtype, "packed, grouped values", grouped, documents=DOCUMENTS)
     yield Case("attention", dtype, "packed, window", heads, documents=DOCUMENTS, options={"window": 33})
+    yield Case("attention", dtype, "earlier keys", grouped, batch=2, length=197, options={"n_before": 100})
+    earlier = {"n_before": 100, "window": 33}  # in the middle of a document
+    yield Case("attention", dtype, "packed, window, earlier keys", heads, documents=DOCUMENTS, options=earlier)

@@ -32,6 +32,8 @@ from lt2titan.model.looped_core import LoopedCore
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.recompute import RecomputePlan
+from lt2titan.model.shares import Share
+from lt2titan.model.stretch import find_stretch
 
 
 class ActivationMemory(NamedTuple):
@@ -113,12 +115,15 @@ class CoreMemory:
         return inputs + max(block.saved for block in blocks)
 
 
-def core_memory(model: LT2, *, batch_size: int, length: int, dtype: torch.dtype, n_documents: int = 0) -> CoreMemory:
+def core_memory(
+    model: LT2, *, batch_size: int, length: int, dtype: torch.dtype, n_documents: int = 0, n_context: int = 1
+) -> CoreMemory:
     """Measure the blocks of ``model``, which may be on ``meta`` but not sharded, for rows (batch_size, length) that are
     computed in ``dtype``.
 
     Args:
         n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
+        n_context: context-parallel ranks, of whose rows these are the last stretches.
     """
     core = model.core
     with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
@@ -127,7 +132,11 @@ def core_memory(model: LT2, *, batch_size: int, length: int, dtype: torch.dtype,
         widths = {block.mixer.rotary_dim for block in core.blocks} - {0}
         rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
         cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
-        context = Context(positions, rotary, cu_seqlens, None, length)
+        stretch = None
+        if n_context > 1:
+            share = Share(n_context - 1, n_context, "shapes alone")  # fake collectives ask for no group
+            stretch = find_stretch(torch.zeros(batch_size, length, dtype=torch.int64), share, cu_seqlens, cu_seqlens)
+        context = Context(positions, rotary, cu_seqlens, None, length * n_context, stretch=stretch)
         h = torch.zeros(*shape, model.config.dim, dtype=dtype, requires_grad=True)
         carry: Carry = {}
         for block in core.blocks:
@@ -217,7 +226,9 @@ class _Outputs(TorchDispatchMode):
 
 
 def _shared(context: Context) -> list[Any]:
-    return [context.positions, context.rotary, context.cu_seqlens, context.chunk_indices]
+    stretch = context.stretch
+    of_stretch = [stretch.first, stretch.last, stretch.n_before, stretch.cu_seqlens_k] if stretch else []
+    return [context.positions, context.rotary, context.cu_seqlens, context.chunk_indices, of_stretch]
 
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:

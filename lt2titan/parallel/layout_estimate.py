@@ -15,10 +15,14 @@ FP32 = 4
 
 
 class Layout(NamedTuple):
-    """Degrees of parallelism, and how FSDP2 treats a looped stack (see parallel/fsdp.py)."""
+    """Degrees of parallelism, and how FSDP2 treats a looped stack (see parallel/fsdp.py).
+
+    n_shards: ranks that parameters are sharded over; those that share rows (n_context) are among them.
+    """
 
     n_replicas: int
     n_shards: int
+    n_context: int
     n_tensor: int
     loop_reshard: str
     defers_reductions: bool
@@ -42,11 +46,12 @@ def memory_by_category(
 
     Left out: temporary tensors inside operators, communication buffers, what the allocator wastes. The mode
     "memory_budget" counts as none: what it keeps is torch.compile's choice. Tensor parallelism divides weights and
-    logits; activations are divided as under sequence parallelism.
+    logits; activations are divided as under sequence parallelism. Under context parallelism this is the last rank,
+    which has the keys and values of all others.
 
     Args:
         model: unsharded, ``meta`` will do.
-        batch_size, seq_len: of a microbatch.
+        batch_size, seq_len: of a microbatch, whole rows.
         dtype: of compute.
         n_loops, n_backward_loops: the most that a step runs; 0 backward loops for all.
     """
@@ -59,12 +64,13 @@ def memory_by_category(
     plan = recompute_plan(
         "none" if activation_checkpoint == "memory_budget" else activation_checkpoint, skip_last_loops
     )
-    activations = core_memory(model, batch_size=batch_size, length=seq_len, dtype=dtype).under(
-        plan, n_loops=n_loops, n_backward_loops=n_backward_loops
-    )
+    length = seq_len // layout.n_context
+    activations = core_memory(
+        model, batch_size=batch_size, length=length, dtype=dtype, n_context=layout.n_context
+    ).under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
     kept, peak = activations.kept // layout.n_tensor, activations.peak // layout.n_tensor
     vocab = model.head_weight.shape[0] // layout.n_tensor
-    tokens = min(CHUNK, batch_size * seq_len)
+    tokens = min(CHUNK, batch_size * length)
     sizes = {
         "weights": shard * FP32 * on_device,
         "gradients": shard * FP32 * on_device,
@@ -88,7 +94,7 @@ def communication_per_step(
     """Collectives of FSDP2 in one optimizer step: (how many, bytes that a device sends in all of them).
 
     Rings: of n ranks each sends (n - 1) / n of what is gathered or reduced, and twice that in an all-reduce. The
-    collectives of tensor parallelism, which follow activations, are not counted.
+    collectives of tensor and context parallelism, which follow activations, are not counted.
     """
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     in_core = sum(p.numel() for block in model.core.blocks for p in block.parameters()) // layout.n_tensor

@@ -64,7 +64,7 @@ def test_the_last_queries_alone(n_queries: int, window: int) -> None:
 @pytest.mark.parametrize("window", [0, 1, 5])
 @pytest.mark.parametrize("first", [0, 2, 3, 9, 20])
 def test_documents_with_queries_from_some_token_on(first: int, window: int) -> None:
-    """Of two rows laid end to end, in one document after another: some have all their queries, some the last, some none."""
+    """Of two rows laid end to end; some documents have all their queries here, some the last, some none."""
     generator = torch.Generator().manual_seed(0)
     length, rows = 21, [[0, 3, 4, 21], [0, 10, 21]]
     q = torch.randn(2, length, 4, 6, dtype=torch.float64, generator=generator)

@@ -40,6 +40,8 @@ def recurrence_cases() -> Iterator[Case]:
         yield replace(case, what="dense", batch=2, length=67)
         yield replace(case, what="one token", batch=2, length=1)
         yield replace(case, what="packed", documents=(1, 66, 3, 64, 0, 0))
+        stretch = case.sizes._replace(V=24)
+        yield replace(case, what="packed, wide values", documents=(0, 0, 66, 0, 3, 0), sizes=stretch)
         yield replace(case, what="chunks found on the device", documents=(5, 0, 2), host_chunks=False)
         yield replace(case, what="decode", batch=2, length=3, decode=True)
         yield replace(case, what="decay near 0", length=20, decay="near_zero", state=False)

@@ -23,15 +23,22 @@ from split_models import (
     split_model,
     whole_model,
 )
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
 from lt2titan.metrics.loop_statistics import LoopStatistics
+from lt2titan.model.context import Context
+from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import MixersConfig
+from lt2titan.model.recompute import KEEP_ALL
 from lt2titan.model.state import allocate
+from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.config import ParallelismConfig
+from lt2titan.parallel.context_parallel import apply_context_parallel
 from lt2titan.parallel.mesh import ParallelDims
 
 
@@ -89,6 +96,40 @@ def collectives_per_visit() -> None:
         assert scatters == n_gathers * n_visits + n_groups, counts
 
 
+def memory_as_predicted() -> None:
+    """What the last rank keeps of the core for the backward pass, but for a few bytes."""
+    dims = mesh(2)
+    assert dims.context_mesh is not None
+    for name in ("full", "window", "gdn", "mamba2"):
+        model, given = whole_model(config(name)), []
+        apply_context_parallel(model, dims.context_mesh)
+        handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
+        (batch, _) = own_part(batches(0, packed=False), dims)
+        loss_of(model, [batch])
+        handle.remove()
+        h, context, *rest = given[0]
+        saved = saved_bytes(model, h.detach().requires_grad_(), context)
+        sizes = core_memory(model, batch_size=2, length=LENGTH // 2, dtype=torch.float64, n_context=2)
+        unused = sizes.shared - sum(t.nbytes for t in tree_leaves(context.rotary))  # autograd has no use for integers
+        if dims.context_rank == 1:
+            assert sizes.under(KEEP_ALL).kept == pytest.approx(saved + unused, rel=0, abs=100), name
+
+
+def saved_bytes(model: LT2, h: torch.Tensor, context: Context) -> int:
+    """Storages that autograd packs, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda t: t):
+        model.core(h, context)
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+    return sum(size for key, size in storages.items() if key not in weights)
+
+
 def logits_of_a_stretch() -> None:
     dims, shape = mesh(2), config("gdn", "full")
     split, tokens = split_model(shape, dims, True), rows(0)[:, :LENGTH]
@@ -132,6 +173,7 @@ def test_two_ranks_against_one() -> None:
         diagnosed_and_observed_alike,
         collectives_per_visit,
         logits_of_a_stretch,
+        memory_as_predicted,
     ]
     run(2, partial(in_turn, works))
 

@@ -16,7 +16,7 @@ from lt2titan.parallel.layout_estimate import Layout, communication_per_step, me
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = ROOT / "train_configs" / "lt2_1.3b.toml"
-ONE_GPU = Layout(1, 1, 1, "per_step", False, False)
+ONE_GPU = Layout(1, 1, 1, 1, "per_step", False, False)
 
 
 @pytest.mark.parametrize(("mode", "batch_size", "measured_gib"), [("block", 4, 36.8), ("none", 2, 97.6)])
@@ -44,7 +44,7 @@ def test_peak_of_the_1_3b_recipe_as_measured(mode: str, batch_size: int, measure
 def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bool) -> None:
     """parallel/fsdp.py states the counts, and test_fsdp.py asserts them of real runs; 20 blocks, T = 4, m = 3."""
     model = build_on_meta(load_config(RECIPE).model, "reference")
-    layout = Layout(2, 8, 1, policy, defers, False)
+    layout = Layout(2, 8, 1, 1, policy, defers, False)
     result = communication_per_step(
         model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32
     )
