@@ -57,6 +57,7 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
         loop_reshard=plan.loop_reshard,
         cpu_offload=config.parallelism.cpu_offload,
         sequence_parallel=config.parallelism.sequence_parallel,
+        context_parallel_attention=config.parallelism.context_parallel_attention,
         float8=plan_float8(
             config.float8,
             device=device,

@@ -55,6 +55,9 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     if config.training.mixed_precision_param == "auto":
         config = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
     config = replace(config, kernels=replace(config.kernels, backend="reference"))
+    if config.parallelism.context_parallel_attention == "ring":
+        logger.info("dry run: attention gathers keys, which takes more memory than a ring of them")
+        config = replace(config, parallelism=replace(config.parallelism, context_parallel_attention="gather"))
     if config.compile.enable:
         logger.info("dry run: blocks are not compiled, which would save fewer activations")
         config = replace(config, compile=replace(config.compile, enable=False))

@@ -26,7 +26,7 @@ from lt2titan.parallel.config import (
     Float8Config,
     ParallelismConfig,
 )
-from lt2titan.parallel.config.context_parallel import check_context_parallel
+from lt2titan.parallel.config.context_parallel import check_context_parallel, check_ring
 from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 
 
@@ -68,6 +68,8 @@ class JobConfig:
             self.parallelism.validate_world_size(world_size)
             check_tensor_parallel(self.model, self.parallelism.tensor_parallel_degree)
             check_context_parallel(self.model, self._lengths(), self.parallelism.context_parallel_degree)
+            if self.parallelism.context_parallel_attention == "ring":
+                check_ring(self.model, self.data.document_mask)
             if self.parallelism.tensor_parallel_degree > 1 and self.parallelism.sequence_parallel:
                 self._check_sequence_parallel()
         with _named("training"):

@@ -38,6 +38,8 @@ class LT2(nn.Module):
         """Set by parallel/compile.py."""
         self.stretches = Share()
         """Of every row, which tokens this rank has; set by parallel/context_parallel.py."""
+        self.is_ring = False
+        """Whether attention passes keys round among these ranks; likewise."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -99,7 +101,7 @@ class LT2(nn.Module):
             positions = torch.arange(first, first + shape[1], device=tokens.device).expand(shape)
         stretch = None
         if self.stretches.n_ranks > 1:
-            stretch = find_stretch(positions, self.stretches, cu_seqlens, cu_seqlens_k)
+            stretch = find_stretch(positions, self.stretches, cu_seqlens, cu_seqlens_k, self.is_ring)
         if cu_seqlens is not None:  # packed kernels take one row with boundaries
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}

@@ -32,6 +32,7 @@ class Stretch:
     n_before: (B,) int64, tokens of the first sequence that lie on earlier ranks.
     cu_seqlens_k: (N + 1,) int32 boundaries of packed documents over the rows as far as this stretch reaches, flattened;
         None for dense rows.
+    is_ring: whether softmax attention passes keys round in a ring, where it would gather them.
     """
 
     share: Share
@@ -39,20 +40,27 @@ class Stretch:
     last: Tensor
     n_before: Tensor
     cu_seqlens_k: Tensor | None
+    is_ring: bool = False
 
     def rows(self, x: Tensor) -> Tensor:
         """(B, L, ...), or packed (1, B L, ...), as (B, L, ...)."""
         return x.unflatten(1, (-1, x.shape[0] * x.shape[1] // self.first.shape[0])).flatten(0, 1)
 
 
-def find_stretch(positions: Tensor, share: Share, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None) -> Stretch:
+def find_stretch(
+    positions: Tensor,
+    share: Share,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    is_ring: bool = False,
+) -> Stretch:
     """Where the sequences of a forward pass lie.
 
     Args:
         positions: (B, L), of each token in its document.
         cu_seqlens: (N + 1,) boundaries of the documents over the flattened tokens of this rank (B x L); a document
             that has no token here is empty.
-        cu_seqlens_k: as in Stretch.
+        cu_seqlens_k, is_ring: as in Stretch.
     """
     n_rows, length = positions.shape
     first = last = torch.arange(n_rows, device=positions.device)
@@ -62,7 +70,7 @@ def find_stretch(positions: Tensor, share: Share, cu_seqlens: Tensor | None, cu_
         ends = cu_seqlens[1:].long().contiguous()
         first = torch.searchsorted(ends, starts, right=True)
         last = torch.searchsorted(ends, starts + length - 1, right=True)
-    return Stretch(share, first, last, positions[:, 0], cu_seqlens_k)
+    return Stretch(share, first, last, positions[:, 0], cu_seqlens_k, is_ring)
 
 
 def with_earlier_keys(k: Tensor, v: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Context parallelism: every rank has one stretch of each row, and mixers fetch what they need of earlier ones.
 
-    attention      all-gathers keys and values (backward: reduce-scatter), and masks by where tokens stand in the row.
+    attention      all-gathers keys and values (backward: reduce-scatter), and masks by where tokens stand in the row;
+                   or passes them round in a ring (kernels/attention/ring.py).
     recurrences    all-gather what each stretch does to a state, (K + V) K numbers per head and row (model/stretch.py).
     convolutions, token shift    all-gather the last few tokens of each stretch.
 
@@ -16,17 +17,30 @@ import logging
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from lt2titan.config.section import ConfigError
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.shares import Share
 
 logger = logging.getLogger("lt2titan")
 
 
-def apply_context_parallel(model: LT2, mesh: DeviceMesh) -> None:
+def apply_context_parallel(model: LT2, mesh: DeviceMesh, attention: str = "gather") -> None:
     """Let ``model`` take stretches of rows as its input, in place.
 
     Args:
         mesh: one-dimensional, over ranks that have stretches of the same rows, in their order.
+        attention: "gather" or "ring".
+
+    Raises:
+        ConfigError: a ring on a CPU.
     """
+    if attention == "ring" and mesh.device_type != "cuda":
+        raise ConfigError("parallelism.context_parallel_attention", "ring", 'needs GPUs; use "gather"')
     model.stretches = Share(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
-    logger.info("context parallelism over %d ranks: each has 1/%d of every row", mesh.size(), mesh.size())
+    model.is_ring = attention == "ring"
+    logger.info(
+        "context parallelism over %d ranks: each has 1/%d of every row; attention: %s",
+        mesh.size(),
+        mesh.size(),
+        attention,
+    )

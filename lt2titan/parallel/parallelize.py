@@ -27,6 +27,7 @@ def parallelize(
     loop_reshard: str = "per_step",
     cpu_offload: bool = False,
     sequence_parallel: bool = True,
+    context_parallel_attention: str = "gather",
     float8: Float8Plan | None = None,
 ) -> None:
     """Lay ``model`` out in place, in an order that matters: float8 first, because it exchanges modules; tensor
@@ -39,7 +40,7 @@ def parallelize(
     if dims.tensor > 1:
         apply_tensor_parallel(model, dims.mesh["tensor"], sequence_parallel)
     if dims.context_mesh is not None:
-        apply_context_parallel(model, dims.context_mesh)
+        apply_context_parallel(model, dims.context_mesh, context_parallel_attention)
     apply_activation_checkpoint(
         model,
         activation_checkpoint,

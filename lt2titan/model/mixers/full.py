@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lt2titan.kernels.attention import attention, masked_attention
+from lt2titan.kernels.attention.ring import ring_attention
 from lt2titan.model.attention_mass import first_token_mass
 from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
@@ -45,26 +46,31 @@ class Full(Mixer):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         window = self.window if context.window is None else context.window
         if state is None:
-            cu_seqlens_k = context.cu_seqlens
-            if context.stretch is not None:
-                k, v = with_earlier_keys(k, v, context.stretch)
-                cu_seqlens_k = context.stretch.cu_seqlens_k
-            y = attention(
-                q,
-                k,
-                v,
-                window=window,
-                cu_seqlens=context.cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k,
-                max_seqlen=context.max_seqlen,
-                backend=self.backend,
-            )
+            y = self._attend(q, k, v, context, window)
         else:
             y = cached_attention(q, k, v, context, window, state)
         y = y.flatten(-2)
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y), carry
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, window: int) -> Tensor:
+        stretch, cu_seqlens_k = context.stretch, context.cu_seqlens
+        if stretch is not None and stretch.is_ring:
+            return ring_attention(q, k, v, stretch.share.group)
+        if stretch is not None:
+            k, v = with_earlier_keys(k, v, stretch)
+            cu_seqlens_k = stretch.cu_seqlens_k
+        return attention(
+            q,
+            k,
+            v,
+            window=window,
+            cu_seqlens=context.cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen=context.max_seqlen,
+            backend=self.backend,
+        )
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
         rows = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]

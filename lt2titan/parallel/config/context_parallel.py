@@ -6,6 +6,23 @@ from lt2titan.config.section import ConfigError
 from lt2titan.model.config import ModelConfig
 
 
+def check_ring(model: ModelConfig, document_mask: bool) -> None:
+    """Refuse a ring of keys where attention is not full, over dense rows.
+
+    Raises:
+        ConfigError: context_parallel_attention, with what stands in its way.
+    """
+    obstacles = {
+        "data.document_mask = true": document_mask,
+        f"model.loop.windows = {model.loop.windows}": any(window > 0 for window in model.loop.windows),
+        "window layers": "window" in model.layer_mixers,
+    }
+    for what, stands in obstacles.items():
+        if stands:
+            reason = f'does full attention over dense rows alone, and this run has {what}; use "gather"'
+            raise ConfigError("context_parallel_attention", "ring", reason)
+
+
 def check_context_parallel(model: ModelConfig, lengths: dict[str, int], degree: int) -> None:
     """Refuse a degree that does not split rows evenly, or whose stretches are shorter than a convolution reaches back.
 

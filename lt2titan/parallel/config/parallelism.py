@@ -26,6 +26,9 @@ class ParallelismConfig:
     context_parallel_degree: int = 1
     """Processes that split every row of tokens among them, for rows too long for one: each has a contiguous stretch.
     Must divide training.seq_len and validation.seq_len."""
+    context_parallel_attention: Literal["gather", "ring"] = "gather"
+    """How softmax layers reach the keys of other ranks. gather: all of them at once. ring: one rank's after the other,
+    never more than two in memory; on GPUs, for full attention over dense rows (no window, no data.document_mask)."""
     pipeline_parallel_degree: int = 1
     """Only 1: a looped stack visits every stage once per loop, so a pipeline would idle for most of each step."""
     expert_parallel_degree: int = 1

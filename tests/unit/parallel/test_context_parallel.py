@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +32,7 @@ from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
 from lt2titan.metrics.loop_statistics import LoopStatistics
+from lt2titan.model.config import LoopConfig
 from lt2titan.model.context import Context
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import MixersConfig
@@ -39,6 +41,7 @@ from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.context_parallel import apply_context_parallel
+from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.mesh import ParallelDims
 
 
@@ -107,7 +110,7 @@ def memory_as_predicted() -> None:
         (batch, _) = own_part(batches(0, packed=False), dims)
         loss_of(model, [batch])
         handle.remove()
-        h, context, *rest = given[0]
+        h, context, *_ = given[0]
         saved = saved_bytes(model, h.detach().requires_grad_(), context)
         sizes = core_memory(model, batch_size=2, length=LENGTH // 2, dtype=torch.float64, n_context=2)
         unused = sizes.shared - sum(t.nbytes for t in tree_leaves(context.rotary))  # autograd has no use for integers
@@ -203,3 +206,28 @@ def test_a_run_is_refused_before_it_starts() -> None:
     job.validation.enable, job.validation.seq_len = True, 31
     with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*validation.seq_len = 31"):
         job.validate_run(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda job: setattr(job.data, "document_mask", True), "data.document_mask = true"),
+        (lambda job: setattr(job.model, "loop", LoopConfig(windows=[-1, 4, 4])), "model.loop.windows"),
+        (lambda job: setattr(job.model, "mixer", "window"), "window layers"),
+    ],
+)
+def test_a_ring_of_what_is_not_full_and_dense_is_refused(change: Callable[[JobConfig], None], what: str) -> None:
+    ring = ParallelismConfig(context_parallel_degree=2, context_parallel_attention="ring")
+    job = JobConfig(model=config("gdn", "full"), parallelism=ring)
+    job.training.dataset, job.training.seq_len, job.validation.enable = "synthetic", 32, False
+    job.validate_run(2)
+    change(job)
+    with pytest.raises(ConfigError, match=f'context_parallel_attention = .ring.: .*{what}.*"gather"'):
+        job.validate_run(2)
+
+
+def test_a_ring_on_cpu_is_refused() -> None:
+    with fake_process_group(2), pytest.raises(ConfigError, match='needs GPUs; use "gather"'):
+        dims = mesh(2)
+        assert dims.context_mesh is not None
+        apply_context_parallel(whole_model(config("full")), dims.context_mesh, "ring")
