@@ -80,7 +80,7 @@ def _recurrence(length: int, stretch: Stretch) -> Case:
         context = build_cp_context(bounds.to(q.device), dist.group.WORLD, cu_seqlens_cpu=bounds)
         return chunk_gated_delta_rule(q, k, v, g, beta, cp_context=context)[0]  # type: ignore[no-any-return]
 
-    ways = {"local part alone": local, "across ranks": ours, "fla.ops.cp": fla}
+    ways: dict[str, Callable[..., Tensor]] = {"local part alone": local, "across ranks": ours, "fla.ops.cp": fla}
     return "gated_delta_rule", [q, k, draw.normal(VALUE), decay, beta], local, ways
 
 
@@ -96,7 +96,7 @@ def _attention(length: int, stretch: Stretch) -> Case:
     def ring(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ring_attention(q, k, v, stretch.share.group)
 
-    ways = {"local part alone": local, "gather": gather, "ring": ring}
+    ways: dict[str, Callable[..., Tensor]] = {"local part alone": local, "gather": gather, "ring": ring}
     return "attention", [draw.normal(HEAD) for _ in range(3)], local, ways
 
 
@@ -128,13 +128,13 @@ def _compare(
         except (ImportError, AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
             continue
-        errors = [
+        worst = max(
             float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True)
-        ]
-        figures = torch.tensor([max(errors), *_times(way, part, weight[:, here])], device="cuda")
+        )
+        figures = torch.tensor([worst, *_times(way, part, weight[:, here])], device="cuda")
         dist.all_reduce(figures, dist.ReduceOp.MAX)
-        error, forward, both = figures.tolist()
-        results[name] = {"relative_error": error, "forward_ms": forward, "forward_backward_ms": both}
+        names = ("relative_error", "forward_ms", "forward_backward_ms")
+        results[name] = dict(zip(names, figures.tolist(), strict=True))
     return results
 
 

@@ -45,7 +45,7 @@ class _Ring:
     """What torch's functions want to know of a mesh."""
 
     def __init__(self, group: str) -> None:
-        self._group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]
+        self._group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
 
     def get_group(self) -> dist.ProcessGroup:
         return self._group

@@ -107,7 +107,7 @@ def check(mixer: str, layout: str, is_packed: bool) -> None:
     whole = batch(is_packed)
     loss, gradients = loss_and_gradient(split, own_part(whole, dims), device)
     dist.all_reduce(loss, group=dims.loss_group)
-    one_loss, one_gradients = loss_and_gradient(one, whole, device)
+    _, one_gradients = loss_and_gradient(one, whole, device)
     exact_loss, exact_gradients = loss_and_gradient(exact, whole, torch.device("cpu"))
     error, yardstick = relative(gradients, exact_gradients), relative(one_gradients, exact_gradients)
     off = abs(float(loss) / float(exact_loss) - 1)
