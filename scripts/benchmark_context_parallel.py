@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lt2titan.kernels.attention import attention
 from lt2titan.kernels.attention.ring import ring_attention
+from lt2titan.kernels.check.__main__ import limit_tuning
 from lt2titan.kernels.gated_delta_rule import gated_delta_rule
 from lt2titan.model.shares import Share
 from lt2titan.model.stretch import Stretch, find_stretch, recur_across, with_earlier_keys
@@ -35,8 +36,13 @@ N_TIMED = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=32768, help="tokens of the whole row")
+    parser.add_argument(
+        "--tuning-configs", type=int, default=0, help="that a kernel may choose among; 0: all (minutes)"
+    )
     parser.add_argument("--json", default="", help="file to append one JSON object per case to")
     arguments = parser.parse_args()
+    if arguments.tuning_configs:
+        limit_tuning(arguments.tuning_configs)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)

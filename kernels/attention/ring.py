@@ -87,7 +87,8 @@ def _ring_attention_backward(
         dq, dk, dv, *_ = ring._scaled_dot_product_ring_flash_attention_backward(
             _Ring(group), dout, q, k, v, out, logsumexp, None, None, q.shape[2], k.shape[2], 0.0, True, unused, unused
         )
-    return tuple(x.to(q.dtype).contiguous() for x in (dq, dk, dv))  # type: ignore[return-value]
+    # dk and dv come as parts of one buffer, and an operator's outputs must not share memory.
+    return tuple(x.to(q.dtype).clone(memory_format=torch.contiguous_format) for x in (dq, dk, dv))  # type: ignore[return-value]
 
 
 @_ring_attention_backward.register_fake
