@@ -129,11 +129,10 @@ def _compare(
     part = [x[:, here].contiguous() for x in inputs]
     results: dict[str, dict[str, float | str]] = {}
     for name, way in ways.items():
-        try:
-            got = _outputs(way, part, weight[:, here])
-        except (ImportError, AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
+        if reason := _refusal(way, part):
+            results[name] = {"error": reason}
             continue
+        got = _outputs(way, part, weight[:, here])
         worst = max(
             float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True)
         )
@@ -142,6 +141,20 @@ def _compare(
         names = ("relative_error", "forward_ms", "forward_backward_ms")
         results[name] = dict(zip(names, figures.tolist(), strict=True))
     return results
+
+
+def _refusal(way: Callable[..., Tensor], inputs: list[Tensor]) -> str:
+    """Why ``way`` does not run, "" if it does; the same on all ranks, which would else wait for the one that failed."""
+    reason = ""
+    try:
+        with torch.no_grad():
+            way(*inputs)
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever stops somebody else's kernels
+        reason = f"{type(error).__name__}: {error}"[:200]
+    reasons: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(filter(None, reasons), "")
 
 
 def _outputs(way: Callable[..., Tensor], inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
