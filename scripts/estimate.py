@@ -21,8 +21,12 @@ from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.state import allocate
+from lt2titan.parallel.activation_checkpoint import recompute_plan
+from lt2titan.parallel.activation_memory import core_memory
+from lt2titan.parallel.communication_estimate import of_activations, of_parameters
 from lt2titan.parallel.fsdp import plan_fsdp
-from lt2titan.parallel.layout_estimate import Layout, communication_per_step, memory_by_category
+from lt2titan.parallel.layout import Layout
+from lt2titan.parallel.layout_estimate import memory_by_category
 
 
 def estimate(config: JobConfig) -> dict[str, Any]:
@@ -85,34 +89,47 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
         device_memory=int(config.comm.device_memory_gib * 2**30),
     )
     layout = Layout(
-        n_replicas,
-        n_shards,
-        n_context,
-        parallelism.tensor_parallel_degree,
-        plan.loop_reshard,
-        plan.defers_reductions,
-        parallelism.cpu_offload,
+        n_replicas=n_replicas,
+        n_shards=n_shards,
+        n_context=n_context,
+        n_tensor=parallelism.tensor_parallel_degree,
+        sequence_parallel=parallelism.sequence_parallel,
+        loop_reshard=plan.loop_reshard,
+        defers_reductions=plan.defers_reductions,
+        cpu_offload=parallelism.cpu_offload,
     )
-    n_loops = config.model.n_loops
+    n_loops, recompute, seq_len = config.model.n_loops, config.activation_checkpoint, config.training.seq_len
     memory = memory_by_category(
         model,
         layout,
         batch_size=batch_size,
-        seq_len=config.training.seq_len,
+        seq_len=seq_len,
         dtype=dtype,
-        activation_checkpoint=config.activation_checkpoint.mode,
-        skip_last_loops=config.activation_checkpoint.skip_last_loops,
+        activation_checkpoint=recompute.mode,
+        skip_last_loops=recompute.skip_last_loops,
         n_loops=n_loops,
         n_backward_loops=loops.backward_loops,
     )
-    communication = communication_per_step(
+    core = core_memory(
+        model, batch_size=batch_size, length=seq_len // n_context, dtype=dtype, n_context=layout.n_context
+    )
+    communication = of_parameters(
         model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
+    ) | of_activations(
+        core,
+        layout,
+        recompute_plan(recompute.mode, recompute.skip_last_loops),
+        n_microbatches=n_microbatches,
+        n_loops=n_loops,
+        n_backward_loops=loops.backward_loops,
     )
     return {
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
-        "communication": {name: {"count": n, "bytes_sent": sent} for name, (n, sent) in communication.items()},
+        "communication": {
+            name: {"count": sent.n_times, "bytes_sent": sent.n_bytes} for name, sent in communication.items()
+        },
     }
 
 
@@ -122,7 +139,7 @@ def show_layout(result: dict[str, Any]) -> None:
     for name, size in result["memory_bytes"].items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     for name, row in result["communication"].items():
-        table.add_row(f"{name}s per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
+        table.add_row(f"{name}, per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
     Console().print(table)
 
 

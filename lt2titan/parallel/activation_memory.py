@@ -55,6 +55,8 @@ class BlockMemory(NamedTuple):
     both: int  # in both of these
     carry: int  # written into the carry
     carry_selected: int  # of which mode selective keeps as well
+    gathers: int = 0  # all-gathers of the forward pass (context parallelism)
+    gathered: int = 0  # bytes that they return
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,14 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
 
     parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
     saved: list[Tensor] = []
-    selected = _Outputs(is_kept)
+    selected, gathered = _Outputs(is_kept), _Outputs(_gathers)
 
     def keep(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
     like_gpu = nullcontext() if block.mixer.backend == "reference" else _FusedNorms()
-    with saved_tensors_hooks(keep, lambda t: t), selected, like_gpu:
+    with saved_tensors_hooks(keep, lambda t: t), selected, gathered, like_gpu:
         y, written = functional_call(block, parameters, (h, context, carry))
     given = _storages([h, y, *carry.values(), *tree_leaves(_shared(context)), *parameters.values()])
     of_autograd = {key: n for key, n in _storages(saved).items() if key not in given}
@@ -185,7 +187,16 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
         both=sum(n for key, n in of_policy.items() if key in of_autograd),
         carry=sum(of_carry.values()),
         carry_selected=sum(n for key, n in of_carry.items() if key in of_policy),
+        gathers=len(gathered.tensors),
+        gathered=sum(t.nbytes for t in gathered.tensors),
     )
+
+
+def _gathers(operator: Any) -> bool:
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.name == _ALL_GATHER
+
+
+_ALL_GATHER = "_c10d_functional::all_gather_into_tensor"
 
 
 class _FusedNorms(TorchFunctionMode):

@@ -1,8 +1,6 @@
-"""What a training step needs on one device and sends over the network, from sizes alone: no devices, no processes."""
+"""What a training step needs on one device, from sizes alone: no devices, no processes."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
@@ -10,23 +8,9 @@ from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import core_memory
+from lt2titan.parallel.layout import Layout
 
 FP32 = 4
-
-
-class Layout(NamedTuple):
-    """Degrees of parallelism, and how FSDP2 treats a looped stack (see parallel/fsdp.py).
-
-    n_shards: ranks that parameters are sharded over; those that share rows (n_context) are among them.
-    """
-
-    n_replicas: int
-    n_shards: int
-    n_context: int
-    n_tensor: int
-    loop_reshard: str
-    defers_reductions: bool
-    cpu_offload: bool
 
 
 def memory_by_category(
@@ -86,36 +70,3 @@ def memory_by_category(
     at_loss = kept + sizes["logits of a chunk"]
     in_backward = peak + sizes["whole gradients"]
     return sizes | {"peak": resident + max(at_loss, in_backward)}
-
-
-def communication_per_step(
-    model: LT2, layout: Layout, *, n_microbatches: int, n_loops: int, dtype: torch.dtype, reduce_dtype: torch.dtype
-) -> dict[str, tuple[int, int]]:
-    """Collectives of FSDP2 in one optimizer step: (how many, bytes that a device sends in all of them).
-
-    Rings: of n ranks each sends (n - 1) / n of what is gathered or reduced, and twice that in an all-reduce. The
-    collectives of tensor and context parallelism, which follow activations, are not counted.
-    """
-    n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
-    in_core = sum(p.numel() for block in model.core.blocks for p in block.parameters()) // layout.n_tensor
-    n_blocks, m = len(model.core.blocks), n_microbatches
-    root = n_parameters - in_core
-    # How often the blocks are gathered, each of them, and the root.
-    visits = {"per_step": 1, "per_pass": m + 1, "per_visit": 2 * n_loops * m}[layout.loop_reshard]
-    root_visits = m if layout.loop_reshard == "per_visit" else 1
-    gathers = visits * n_blocks + root_visits
-    gathered = (visits * in_core + root_visits * root) * dtype.itemsize
-    # Deferred, a block that is visited several times is reduced twice (see parallel/fsdp.py).
-    again = 2 if n_loops > 1 else 1
-    rounds = (again, 1) if layout.defers_reductions else (m, m)
-    reduces = rounds[0] * n_blocks + rounds[1]
-    reduced = (rounds[0] * in_core + rounds[1] * root) * reduce_dtype.itemsize
-    ring = (layout.n_shards - 1) / layout.n_shards
-    result = {
-        "all-gather": (gathers if ring else 0, int(gathered * ring)),
-        "reduce-scatter": (reduces if ring else 0, int(reduced * ring)),
-    }
-    if layout.n_replicas > 1:
-        ring = 2 * (layout.n_replicas - 1) / layout.n_replicas / layout.n_shards
-        result["all-reduce"] = (reduces, int(reduced * ring))
-    return result

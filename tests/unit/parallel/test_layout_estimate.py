@@ -12,11 +12,13 @@ import torch
 
 from lt2titan.config.loader import load_config
 from lt2titan.model.init import build_on_meta
-from lt2titan.parallel.layout_estimate import Layout, communication_per_step, memory_by_category
+from lt2titan.parallel.communication_estimate import of_parameters
+from lt2titan.parallel.layout import Layout
+from lt2titan.parallel.layout_estimate import memory_by_category
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = ROOT / "train_configs" / "lt2_1.3b.toml"
-ONE_GPU = Layout(1, 1, 1, 1, "per_step", False, False)
+ONE_GPU = Layout()
 
 
 @pytest.mark.parametrize(("mode", "batch_size", "measured_gib"), [("block", 4, 36.8), ("none", 2, 97.6)])
@@ -44,10 +46,8 @@ def test_peak_of_the_1_3b_recipe_as_measured(mode: str, batch_size: int, measure
 def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bool) -> None:
     """parallel/fsdp.py states the counts, and test_fsdp.py asserts them of real runs; 20 blocks, T = 4, m = 3."""
     model = build_on_meta(load_config(RECIPE).model, "reference")
-    layout = Layout(2, 8, 1, 1, policy, defers, False)
-    result = communication_per_step(
-        model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32
-    )
+    layout = Layout(n_replicas=2, n_shards=8, loop_reshard=policy, defers_reductions=defers)
+    result = of_parameters(model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32)
     assert result["all-gather"][0] == n_gathers
     assert result["reduce-scatter"][0] == result["all-reduce"][0] == (2 * 20 + 1 if defers else 21 * 3)
     if policy == "per_step" and not defers:
