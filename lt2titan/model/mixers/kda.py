@@ -18,12 +18,12 @@ from lt2titan.model.mixers.pieces import (
     init_convolution,
     init_dt_bias,
     l2_norm,
-    precise,
     rate_log_decay,
     recur,
     recurrent_spec,
     sigmoid_beta,
 )
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 

@@ -17,11 +17,11 @@ from lt2titan.model.mixers.pieces import (
     init_A_log,
     init_convolution,
     init_dt_bias,
-    precise,
     recur,
     recurrent_spec,
     shared_rms_norm,
 )
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 

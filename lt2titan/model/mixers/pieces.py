@@ -13,6 +13,7 @@ from torch import Tensor
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Context
 from lt2titan.model.mixers.base import State, StateSpec
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import Share, all_sum, local
 from lt2titan.model.stretch import recur_across, tokens_before
 
@@ -92,12 +93,6 @@ def recurrent_spec(batch_size: int, n_heads: int, k: int, v: int, **convolutions
     """The decode state of `recur`, and of `convolve` for the named weights."""
     spec = {"recurrent": StateSpec((batch_size, n_heads, k, v), torch.float32)}
     return spec | {name: convolution_spec(weight, batch_size) for name, weight in convolutions.items()}
-
-
-def precise(x: Tensor) -> Tensor:
-    """x in fp32 at least, whatever the compute dtype: decays multiply over thousands of tokens, which no bf16
-    survives."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def convolution_spec(weight: Tensor, batch_size: int) -> StateSpec:
