@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Context
@@ -127,6 +127,11 @@ def shared_rms_norm(x: Tensor, weight: Tensor | None, eps: float, share: Share, 
     mean = sums[..., place : place + 1] / (n_sharing * x.shape[-1])
     y = (wide * torch.rsqrt(mean + eps)).to(x.dtype)
     return y if weight is None else y * weight
+
+
+def convolutions(mixer: nn.Module, letters: str) -> dict[str, Tensor]:
+    """The weights of a mixer's convolutions, by the names of their states: q_conv, k_conv and v_conv for "qkv"."""
+    return {f"{letter}_conv": getattr(mixer, f"{letter}_conv") for letter in letters}
 
 
 def rate_log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
