@@ -225,8 +225,8 @@ class Recurrence:
                 )
         if backend == "fla" and (k.shape[-1] > FLA_MAX_KEY_WIDTH or q.dtype == torch.float64):
             raise ValueError(
-                f"{name}: fla takes key heads up to {FLA_MAX_KEY_WIDTH} wide in bf16, fp16 or fp32, got {k.shape[-1]} in "
-                f"{q.dtype}; use narrower heads or kernels.backend=reference"
+                f"{name}: fla takes key heads up to {FLA_MAX_KEY_WIDTH} wide in bf16, fp16 or fp32, got "
+                f"{k.shape[-1]} in {q.dtype}; use narrower heads or kernels.backend=reference"
             )
 
 
