@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lt2titan.kernels.packing import check_packed
 
+FLA_MAX_KEY_WIDTH = 256
 RECURRENT_MAX_LENGTH = 16  # without gradients, up to here fla's single recurrent kernel replaces the chunked ones
 
 Reference = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]
@@ -222,10 +223,10 @@ class Recurrence:
                     f"{name}: initial_state is (N, HV, K, V) = (N, {', '.join(map(str, expected))}) in "
                     f"{state_dtype(q)}, got {tuple(initial_state.shape)} in {initial_state.dtype}"
                 )
-        if backend == "fla" and (k.shape[-1] > 256 or q.dtype == torch.float64):
+        if backend == "fla" and (k.shape[-1] > FLA_MAX_KEY_WIDTH or q.dtype == torch.float64):
             raise ValueError(
-                f"{name}: fla takes key heads up to 256 wide in bf16, fp16 or fp32, got {k.shape[-1]} in {q.dtype}; "
-                "use narrower heads or kernels.backend=reference"
+                f"{name}: fla takes key heads up to {FLA_MAX_KEY_WIDTH} wide in bf16, fp16 or fp32, got "
+                f"{k.shape[-1]} in {q.dtype}; use narrower heads or kernels.backend=reference"
             )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lt2titan.kernels.attention import own_keys
+from lt2titan.model.precision import precise
 
 SCORES = 1 << 26
 """Scores that exist at a time: 256 MB in fp32."""
@@ -39,7 +40,7 @@ def first_token_mass(
         (2,) fp64: the probabilities' sum over heads and queries, and how many were summed.
     """
     (batch, n_queries, n_heads, head_dim), n_keys = q.shape, k.shape[1]
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    k = precise(k)
     keys = torch.arange(n_keys, device=q.device)
     n_at_a_time = max(1, SCORES // (batch * n_heads * n_keys))
     result = torch.zeros(2, dtype=torch.float64, device=q.device)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lt2titan.model.parallel_head import chunk_loss, gathered_logits
+from lt2titan.model.precision import precise
 
 IGNORE_INDEX = -100
 """A target that predicts nothing."""
@@ -34,8 +35,7 @@ def chunk_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if isinstance(weight, DTensor):
         return chunk_loss(hidden, weight, targets, IGNORE_INDEX)
     scores = logits(hidden, weight)
-    precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return F.cross_entropy(precise, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(precise(scores), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, of_chunk: ChunkLoss = chunk_loss_sum) -> Tensor:

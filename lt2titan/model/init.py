@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lt2titan.config.section import ConfigError
+from lt2titan.kernels.recurrence import FLA_MAX_KEY_WIDTH
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.layers import Linear, RMSNorm
 from lt2titan.model.lt2 import LT2
@@ -17,11 +19,27 @@ def build_on_meta(config: ModelConfig, backend: str) -> LT2:
     """The model without memory: shapes and names only.
 
     Raises:
-        ConfigError: sizes that do not fit together.
+        ConfigError: sizes that do not fit together, or not the backend.
     """
     config.validate()
     with torch.device("meta"):
-        return LT2(config, backend)
+        model = LT2(config, backend)
+    if backend == "fla":
+        _check_key_heads(model)
+    return model
+
+
+def _check_key_heads(model: LT2) -> None:
+    """Refuse at the start what fla's recurrences would refuse in the first step."""
+    for name, block in zip(model.config.layer_mixers, model.core.blocks, strict=True):
+        state = block.mixer.state_spec(1, 1, None).get("recurrent")  # (B, H, K, V)
+        if state is not None and state.shape[-2] > FLA_MAX_KEY_WIDTH:
+            size = "a smaller state_size" if name == "mamba2" else "narrower heads"
+            reason = (
+                f"fla takes key heads up to {FLA_MAX_KEY_WIDTH} wide, and those of model.mixers.{name} have "
+                f'{state.shape[-2]}: give it {size}, or use kernels.backend = "reference" (slow on a GPU)'
+            )
+            raise ConfigError("kernels.backend", "fla", reason)
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int, storage: torch.device | None = None) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import gather_last, local, maximum, share_of, sum_shares
 
 
@@ -34,8 +35,7 @@ def chunk_loss(hidden: Tensor, weight: DTensor, targets: Tensor, ignore_index: i
     log sum exp of a row is a sum of one number per rank, after their maximum is taken off; a target's logit is on one.
     """
     share = share_of(weight)
-    scores = F.linear(hidden, local(weight))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # (N, vocab / n_ranks)
+    scores = precise(F.linear(hidden, local(weight)))  # (N, vocab / n_ranks)
     greatest = maximum(scores.amax(dim=-1), share)
     rows, inside = vocabulary_rows(targets, weight)
     of_target = scores.gather(-1, rows.unsqueeze(-1)).squeeze(-1).masked_fill(~inside, 0.0)

@@ -12,7 +12,8 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import GLAConfig
-from lt2titan.model.mixers.pieces import gla_flops, precise, recur, recurrent_spec
+from lt2titan.model.mixers.pieces import gla_flops, recur, recurrent_spec
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 

@@ -13,11 +13,11 @@ from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import HGRN2Config
 from lt2titan.model.mixers.pieces import (
     gla_flops,
-    precise,
     recur,
     recurrent_spec,
     shared_rms_norm,
 )
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 

@@ -12,18 +12,19 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import KDAConfig
 from lt2titan.model.mixers.pieces import (
+    convolutions,
     convolve,
     delta_rule_flops,
     init_A_log,
     init_convolution,
     init_dt_bias,
     l2_norm,
-    precise,
     rate_log_decay,
     recur,
     recurrent_spec,
     sigmoid_beta,
 )
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 
@@ -107,8 +108,8 @@ class KDA(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        convolutions = {"q_conv": self.q_conv, "k_conv": self.k_conv, "v_conv": self.v_conv}
-        return recurrent_spec(batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim, **convolutions)
+        taps = convolutions(self, "qkv")
+        return recurrent_spec(batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim, **taps)
 
     def recurrence_flops(self) -> float:
         return self.n_v_heads * delta_rule_flops(self.head_k_dim, self.head_v_dim)

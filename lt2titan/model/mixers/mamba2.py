@@ -12,16 +12,17 @@ from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import Mamba2Config
 from lt2titan.model.mixers.pieces import (
+    convolutions,
     convolve,
     gla_flops,
     init_A_log,
     init_convolution,
     init_dt_bias,
-    precise,
     recur,
     recurrent_spec,
     shared_rms_norm,
 )
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 
 
@@ -110,8 +111,8 @@ class Mamba2(Mixer):
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 
     def state_spec(self, batch_size: int, max_length: int, window: int | None) -> dict[str, StateSpec]:
-        convolutions = {f"{name}_conv": getattr(self, f"{name}_conv") for name in ("x", "b", "c")}
-        return recurrent_spec(batch_size, self.n_heads, self.state_size, self.head_dim, **convolutions)
+        taps = convolutions(self, "xbc")
+        return recurrent_spec(batch_size, self.n_heads, self.state_size, self.head_dim, **taps)
 
     def recurrence_flops(self) -> float:
         return self.n_heads * gla_flops(self.state_size, self.head_dim)

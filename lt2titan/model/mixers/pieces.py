@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.model.context import Context
 from lt2titan.model.mixers.base import State, StateSpec
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import Share, all_sum, local
 from lt2titan.model.stretch import recur_across, tokens_before
 
@@ -94,12 +95,6 @@ def recurrent_spec(batch_size: int, n_heads: int, k: int, v: int, **convolutions
     return spec | {name: convolution_spec(weight, batch_size) for name, weight in convolutions.items()}
 
 
-def precise(x: Tensor) -> Tensor:
-    """x in fp32 at least, whatever the compute dtype: decays multiply over thousands of tokens, which no bf16
-    survives."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def convolution_spec(weight: Tensor, batch_size: int) -> StateSpec:
     """The decode state of `convolve`."""
     n_channels, n_taps = weight.shape
@@ -132,6 +127,11 @@ def shared_rms_norm(x: Tensor, weight: Tensor | None, eps: float, share: Share, 
     mean = sums[..., place : place + 1] / (n_sharing * x.shape[-1])
     y = (wide * torch.rsqrt(mean + eps)).to(x.dtype)
     return y if weight is None else y * weight
+
+
+def convolutions(mixer: nn.Module, letters: str) -> dict[str, Tensor]:
+    """The weights of a mixer's convolutions, by the names of their states: q_conv, k_conv and v_conv for "qkv"."""
+    return {f"{letter}_conv": getattr(mixer, f"{letter}_conv") for letter in letters}
 
 
 def rate_log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from lt2titan.model.context import Carry, Context
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import RWKV7Config
-from lt2titan.model.mixers.pieces import CHUNK, l2_norm, precise, recur, recurrent_spec
+from lt2titan.model.mixers.pieces import CHUNK, l2_norm, recur, recurrent_spec
 from lt2titan.model.mixers.token_shift import token_shift
+from lt2titan.model.precision import precise
 from lt2titan.model.shares import local
 from lt2titan.model.stretch import tokens_before
 

@@ -157,3 +157,25 @@ def test_flops_agree_with_counting_what_torch_executes() -> None:
     # torch counts all pairs of tokens, not the causal half; norms are parameters without a product.
     attention = 6 * config.n_loops * config.n_layers * 128 * config.dim * tokens.numel()
     assert counter.get_total_flops() == pytest.approx(ours + attention, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mixers", "width"),
+    [
+        ("gdn", MixersConfig(gdn=GDNConfig(n_heads=1)), 384),
+        ("mamba2", MixersConfig(mamba2=Mamba2Config(state_size=257)), 257),
+        ("retnet", MixersConfig(retnet=RetNetConfig(n_heads=1)), 512),
+    ],
+)
+def test_key_heads_too_wide_for_fla_are_refused_before_the_first_step(
+    mixer: str, mixers: MixersConfig, width: int
+) -> None:
+    config = ModelConfig(dim=512, mixer=mixer, mixers=mixers)
+    build_on_meta(config, "reference")
+    with pytest.raises(ConfigError, match=rf"^kernels.backend = 'fla': .*256 wide.*model.mixers.{mixer} have {width}"):
+        build_on_meta(config, "fla")
+
+
+def test_key_heads_of_the_recipes_fit_fla() -> None:
+    for path in sorted(TRAIN_CONFIGS.rglob("*.toml")):
+        build_on_meta(load_config(path).model, "fla")

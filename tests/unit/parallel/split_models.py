@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lt2titan.data.device import model_inputs
 from lt2titan.data.packing import Batch
+from lt2titan.evaluation.validate import evaluate
 from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.config import HybridConfig, ModelConfig
+from lt2titan.model.head import IGNORE_INDEX
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import (
@@ -187,6 +189,17 @@ def check_same(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+
+def check_evaluated(config: ModelConfig, dims: ParallelDims) -> None:
+    """Every target is counted once, whichever ranks see it."""
+    text = batches(0, packed=False)
+    evaluation = evaluate(split_model(config, dims, True), own_part(text, dims), CPU, [1], dims.loss_group)
+    assert evaluation.n_tokens == sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in text)
+    for n_loops, loss in ((3, evaluation.loss), (1, evaluation.loss_at[1])):
+        with torch.no_grad():
+            nats = loss_of(whole_model(config), text, n_loops=n_loops).item() * N_ROWS * LENGTH
+        assert abs(loss * evaluation.n_tokens / nats - 1) < 1e-10
 
 
 def _start(rank: int, n_ranks: int, rendezvous: str, work: Callable[[], None]) -> None:

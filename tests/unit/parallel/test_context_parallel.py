@@ -14,6 +14,7 @@ from split_models import (
     LENGTH,
     ONE_GROUP,
     batches,
+    check_evaluated,
     check_same,
     config,
     in_turn,
@@ -82,6 +83,10 @@ def diagnosed_and_observed_alike() -> None:
             figures[-1] |= observer.figures()
         assert len(figures[1]) == 3 * 5
         assert figures[0] == pytest.approx(figures[1], rel=1e-10)
+
+
+def evaluated_alike() -> None:
+    check_evaluated(config("gdn", "full"), mesh(2))
 
 
 def collectives_per_visit() -> None:
@@ -180,6 +185,7 @@ def test_two_ranks_against_one() -> None:
         several_steps,
         recompute_and_fewer_loops,
         diagnosed_and_observed_alike,
+        evaluated_alike,
         collectives_per_visit,
         logits_of_a_stretch,
         memory_as_predicted,

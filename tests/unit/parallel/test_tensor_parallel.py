@@ -19,6 +19,7 @@ from split_models import (
     MIXERS,
     ONE_GROUP,
     batches,
+    check_evaluated,
     check_same,
     config,
     in_turn,
@@ -133,6 +134,10 @@ def sums_of_gradients_do_not_grow_with_loops() -> None:
         assert predicted["reduce-scatter of tokens"].n_times == n_gathers - 2
 
 
+def evaluated_alike() -> None:
+    check_evaluated(config("gdn", "full"), mesh(2))
+
+
 def refused() -> None:
     split = split_model(config("gdn"), mesh(2), True)
     with pytest.raises(ValueError, match="does not decode"):
@@ -215,6 +220,7 @@ def test_two_ranks_against_one() -> None:
         recompute_and_fewer_loops,
         logits_are_whole_and_odd_lengths_refused,
         diagnosed_and_observed_alike,
+        evaluated_alike,
         sums_of_gradients_do_not_grow_with_loops,
         refused,
     ]
