@@ -102,6 +102,9 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
         skip_last_loops=config.activation_checkpoint.skip_last_loops,
         n_loops=n_loops,
         n_backward_loops=loops.backward_loops,
+        is_compiled=config.compile.enable,
+        memory_budget=config.activation_checkpoint.memory_budget,
+        n_microbatches=n_microbatches,
     )
     communication = communication_per_step(
         model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
