@@ -109,6 +109,9 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
         skip_last_loops=recompute.skip_last_loops,
         n_loops=n_loops,
         n_backward_loops=loops.backward_loops,
+        is_compiled=config.compile.enable,
+        memory_budget=config.activation_checkpoint.memory_budget,
+        n_microbatches=n_microbatches,
     )
     core = core_memory(
         model, batch_size=batch_size, length=seq_len // n_context, dtype=dtype, n_context=layout.n_context

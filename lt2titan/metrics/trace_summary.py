@@ -197,10 +197,17 @@ class Host:
     def _backward_nodes(self, events: Sequence[Event]) -> dict[Any, _Spans]:
         """Per thread, the nodes that autograd evaluates; the label is the sequence number, "" for none."""
         nodes: dict[Any, list[Span]] = defaultdict(list)
+        names: dict[Any, str] = {}
         for event in events:  # an outer node comes before those that a checkpoint's own backward pass nests in it
             spans = nodes[event.thread]
-            if event.name.startswith(_BACKWARD) and not (spans and event.start < spans[-1].end):
-                spans.append(Span(event.start, event.end, str(event.args.get("Sequence number", ""))))
+            number = str(event.args.get("Sequence number", ""))
+            is_inside = bool(spans) and event.start < spans[-1].end
+            if event.name.startswith(_BACKWARD) and not is_inside:
+                spans.append(Span(event.start, event.end, number))
+                names[event.thread] = event.name.removeprefix(_BACKWARD)
+            elif is_inside and not spans[-1].label and event.name == names[event.thread]:
+                # What is written in Python, as are compiled blocks, has its number on a range inside of the node's.
+                spans[-1] = spans[-1]._replace(label=number)
         return {thread: _Spans(spans) for thread, spans in nodes.items()}
 
     def _forward_times(self, events: Sequence[Event]) -> dict[str, float]:

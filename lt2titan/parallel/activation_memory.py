@@ -3,17 +3,20 @@
 Every distinct block is run once on fake tensors (shapes without memory) and what autograd and mode selective would
 keep of it is counted; the modes are sums of these counts over layers and loops. So a new mixer needs no formula.
 
+Compiled blocks keep less than eager ones: torch.compile computes cheap operators again by itself. They are divided into
+forward and backward passes as for a GPU (parallel/compiled_memory.py), and counted in the same way.
+
 Counted: tensors saved for the backward pass, each storage once, with the inputs of the blocks and the tensors that all
 blocks share (positions, rotary tables). Not counted: weights, what stands outside the core (embedding, final norm,
-logits), gradients, workspaces and temporaries inside operators. A compiled block holds less: torch.compile computes
-cheap operators again by itself.
+logits), gradients, workspaces and temporaries inside operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +37,8 @@ from lt2titan.model.mixers.full import Full
 from lt2titan.model.recompute import RecomputePlan
 from lt2titan.model.shares import Share
 from lt2titan.model.stretch import find_stretch
+from lt2titan.parallel.activation_checkpoint import SELECTIVE, is_kept
+from lt2titan.parallel.compiled_memory import saved_by_compiled
 
 
 class ActivationMemory(NamedTuple):
@@ -41,10 +46,12 @@ class ActivationMemory(NamedTuple):
 
     kept: at the end of the forward pass.
     peak: the most that is held in the backward pass, what is computed again included.
+    later: the same without the last loop's backward pass, when gradients of all weights stand beside it.
     """
 
     kept: int
     peak: int
+    later: int
 
 
 class BlockMemory(NamedTuple):
@@ -85,8 +92,17 @@ class CoreMemory:
             held += self.carry  # enters the first of them, and is one more than they write
             if plan.loops or not plan.block_contexts or not self.blocks[recomputed[-1]][-1].carry_selected:
                 held -= self._last_carry(plan, recomputed[-1])
-        kept = held + sum(self._whole(loop) for loop in loops if loop not in recomputed)
-        return ActivationMemory(kept, max([kept, *(held + self._again(plan, loop) for loop in recomputed[-1:])]))
+        whole = [loop for loop in loops if loop not in recomputed]
+        kept = held + sum(self._whole(loop) for loop in whole)
+        peak = max([kept, *(held + self._again(plan, loop) for loop in recomputed[-1:])])
+        if whole:  # these are the last
+            later = max(
+                kept - self._whole(whole[-1]), *(held + self._again(plan, loop) for loop in [*recomputed[-1:], 0])
+            )
+        else:
+            later = held - self._held(plan, recomputed[-1])
+            later += self._again(plan, recomputed[-2]) if len(recomputed) > 1 else 0
+        return ActivationMemory(kept, peak, later)
 
     def _whole(self, loop: int) -> int:
         return sum(self.input + block.saved for block in self.blocks[loop])
@@ -118,7 +134,15 @@ class CoreMemory:
 
 
 def core_memory(
-    model: LT2, *, batch_size: int, length: int, dtype: torch.dtype, n_documents: int = 0, n_context: int = 1
+    model: LT2,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    n_documents: int = 0,
+    n_context: int = 1,
+    is_compiled: bool = False,
+    memory_budget: float = 1.0,
 ) -> CoreMemory:
     """Measure the blocks of ``model``, which may be on ``meta`` but not sharded, for rows (batch_size, length) that are
     computed in ``dtype``.
@@ -126,9 +150,10 @@ def core_memory(
     Args:
         n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
         n_context: context-parallel ranks, of whose rows these are the last stretches.
+        is_compiled: blocks are compiled, within ``memory_budget``.
     """
     core = model.core
-    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+    with FakeTensorMode(), nullcontext() if is_compiled else torch.compiler.set_stance("force_eager"):
         shape = (1, batch_size * length) if n_documents else (batch_size, length)
         positions = torch.zeros(shape, dtype=torch.int64)
         widths = {block.mixer.rotary_dim for block in core.blocks} - {0}
@@ -144,28 +169,33 @@ def core_memory(
         for block in core.blocks:
             carry.update(block.mixer.initial_carry(h, context))
         known: dict[Any, BlockMemory] = {}
+        measure = partial(_compiled_block_memory, memory_budget) if is_compiled else _block_memory
         blocks = [
-            [_visit(core, layer, loop, h, context, carry, known) for layer in range(len(core.blocks))]
+            [_visit(core, layer, loop, h, context, carry, known, measure) for layer in range(len(core.blocks))]
             for loop in range(core.n_loops)
         ]
         return CoreMemory(_bytes([h]), _bytes(carry.values()), _bytes(tree_leaves(_shared(context))), blocks)
 
 
 def _visit(
-    core: LoopedCore, layer: int, loop: int, h: Tensor, context: Context, carry: Carry, known: dict[Any, BlockMemory]
+    core: LoopedCore,
+    layer: int,
+    loop: int,
+    h: Tensor,
+    context: Context,
+    carry: Carry,
+    known: dict[Any, BlockMemory],
+    measure: Callable[..., BlockMemory],
 ) -> BlockMemory:
     block, window = core.blocks[layer], core.window(loop)
     shapes = tuple((name, p.shape) for name, p in block.named_parameters())
     key = (type(block.mixer), shapes, window if isinstance(block.mixer, Full) else None)
     if key not in known:
-        known[key] = _block_memory(block, h, replace(context, window=window), carry)
+        known[key] = measure(block, h, replace(context, window=window), carry)
     return known[key]
 
 
 def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> BlockMemory:
-    # Imported here: the policy is the business of activation_checkpoint.py, which a model on its own does not need.
-    from lt2titan.parallel.activation_checkpoint import is_kept
-
     parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
     saved: list[Tensor] = []
     selected, gathered = _Outputs(is_kept), _Outputs(_gathers)
@@ -197,6 +227,22 @@ def _gathers(operator: Any) -> bool:
 
 
 _ALL_GATHER = "_c10d_functional::all_gather_into_tensor"
+
+
+def _compiled_block_memory(
+    memory_budget: float, block: Block, h: Tensor, context: Context, carry: Carry
+) -> BlockMemory:
+    """What mode selective computes again within a graph counts as the difference to what is saved without it."""
+    eager = _block_memory(block, h, context, carry)
+    parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
+    given = _storages([h, *carry.values(), *tree_leaves(_shared(context)), *parameters.values()])
+
+    def n_saved(**options: Any) -> int:
+        saved = saved_by_compiled(block, parameters, h, context, carry, **options)
+        return sum(n for key, n in _storages(saved).items() if key not in given)
+
+    saved, selected = n_saved(memory_budget=memory_budget), n_saved(recompute=SELECTIVE)
+    return eager._replace(saved=saved, selected=selected, both=min(saved, selected))
 
 
 class _FusedNorms(TorchFunctionMode):

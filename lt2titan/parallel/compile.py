@@ -96,6 +96,12 @@ class RecompileWatch:
 
     def __init__(self, is_error: bool) -> None:
         self.is_error = is_error
+        self.n_warm_up_graphs = 0
+        """Compiled by `warm_up`."""
+        self.warm_up_seconds = 0.0
+        """What `warm_up` took, its passes through the model and the tuning of kernels included."""
+        self.n_recompiled = 0
+        """Graphs compiled since then, as seen by `check`."""
         self._n_graphs, self._since = _n_graphs(), time.time()
 
     def warm_up(
@@ -126,10 +132,11 @@ class RecompileWatch:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._n_graphs, self._since = _n_graphs(), time.time()
+        self.n_warm_up_graphs, self.warm_up_seconds = self._n_graphs - n_before, time.perf_counter() - start
         logger.info(
             "torch.compile: %d graphs in %.1f s (with %d loops%s)",
-            self._n_graphs - n_before,
-            time.perf_counter() - start,
+            self.n_warm_up_graphs,
+            self.warm_up_seconds,
             model.core.n_loops,
             "" if validation is None else " and a validation batch",
         )
@@ -155,6 +162,7 @@ class RecompileWatch:
         n_new = _n_graphs() - self._n_graphs
         if not n_new:
             return
+        self.n_recompiled += n_new
         reasons = [
             f"{metrics.compile_id} {metrics.co_name}: {metrics.recompile_reason or 'a function not compiled before'}"
             for metrics in get_compilation_metrics()

@@ -24,20 +24,30 @@ def memory_by_category(
     skip_last_loops: int,
     n_loops: int,
     n_backward_loops: int,
+    is_compiled: bool = False,
+    memory_budget: float = 1.0,
+    n_microbatches: int = 1,
 ) -> dict[str, int]:
-    """Bytes per device by category, and "peak", the larger of two moments: the loss, when all activations that are
-    kept wait for the backward pass, and the core's backward pass, when whole gradients stand beside them.
+    """Bytes per device by category, and "peak", the largest of four moments:
 
-    Left out: temporary tensors inside operators, communication buffers, what the allocator wastes. The mode
-    "memory_budget" counts as none: what it keeps is torch.compile's choice. Tensor parallelism divides weights and
-    logits; activations are divided as under sequence parallelism. Under context parallelism this is the last rank,
-    which has the keys and values of all others.
+    - the loss, when all activations that are kept wait for the backward pass;
+    - the last loop's backward pass, the first to come, which computes again what was not kept;
+    - that of the loop before, when the core's whole gradients stand beside it, and one loop less;
+    - the end, when the root's gradient (of embedding and head) and a block's are being reduced.
+
+    Sharded gradients exist before the last moment only if there were earlier microbatches. Left out: temporary tensors
+    inside operators, what the allocator wastes. Tensor parallelism divides weights and logits; activations are divided
+    as under sequence parallelism. Under context parallelism this is the last rank, which has the keys and values of all
+    others.
 
     Args:
         model: unsharded, ``meta`` will do.
         batch_size, seq_len: of a microbatch, whole rows.
         dtype: of compute.
         n_loops, n_backward_loops: the most that a step runs; 0 backward loops for all.
+        is_compiled: blocks and loss are.
+        memory_budget: of the mode of that name.
+        n_microbatches: per optimizer step.
     """
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     blocks = [sum(p.numel() for p in block.parameters()) // layout.n_tensor for block in model.core.blocks]
@@ -49,12 +59,22 @@ def memory_by_category(
         "none" if activation_checkpoint == "memory_budget" else activation_checkpoint, skip_last_loops
     )
     length = seq_len // layout.n_context
-    activations = core_memory(
-        model, batch_size=batch_size, length=length, dtype=dtype, n_context=layout.n_context
-    ).under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
-    kept, peak = activations.kept // layout.n_tensor, activations.peak // layout.n_tensor
-    vocab = model.head_weight.shape[0] // layout.n_tensor
-    tokens = min(CHUNK, batch_size * length)
+    core = core_memory(
+        model,
+        batch_size=batch_size,
+        length=length,
+        dtype=dtype,
+        n_context=layout.n_context,
+        is_compiled=is_compiled,
+        memory_budget=memory_budget if activation_checkpoint == "memory_budget" else 1.0,
+    )
+    activations = core.under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
+    kept, peak, later = (size // layout.n_tensor for size in activations)
+    vocab, n_tokens = model.head_weight.shape[0] // layout.n_tensor, batch_size * length
+    root = n_parameters - sum(blocks)
+    head = vocab * model.config.dim * dtype.itemsize
+    # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
+    per_score = dtype.itemsize if is_compiled else 3 * FP32
     sizes = {
         "weights": shard * FP32 * on_device,
         "gradients": shard * FP32 * on_device,
@@ -63,10 +83,18 @@ def memory_by_category(
         "whole gradients": n_parameters * (FP32 if layout.defers_reductions else dtype.itemsize),
         "activations kept": kept,
         "activations in backward": peak,
-        # Scores in the compute dtype, the same in fp32, and their gradient.
-        "logits of a chunk": tokens * vocab * (2 * dtype.itemsize + FP32),
+        "logits of a chunk": min(CHUNK, n_tokens) * vocab * per_score,
+        # A chunk's, and the sum of those before.
+        "gradient of the head": head * (1 + (n_tokens > CHUNK)),
     }
-    resident = sum(sizes[name] for name in ("weights", "gradients", "optimizer state", "gathered parameters"))
-    at_loss = kept + sizes["logits of a chunk"]
-    in_backward = peak + sizes["whole gradients"]
-    return sizes | {"peak": resident + max(at_loss, in_backward)}
+    resident = sum(sizes[name] for name in ("weights", "optimizer state", "gathered parameters"))
+    before = sizes["whole gradients" if layout.defers_reductions else "gradients"] if n_microbatches > 1 else 0
+    in_core = sum(blocks) * dtype.itemsize
+    reduced = (root + max(blocks)) * (dtype.itemsize + FP32)
+    moments = (
+        before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"],
+        before + peak + head,
+        before + later + head + in_core,
+        sizes["gradients"] + reduced,
+    )
+    return sizes | {"peak": resident + max(moments)}

@@ -55,9 +55,9 @@ def gpu_trace() -> list[dict[str, Any]]:
         ),
         # Computed again, in the autograd thread, with a number of that thread's own.
         event("cpu_op", "aten::mm", 420, 430, AUTOGRAD, **{"Sequence number": 5}),
-        event(
-            "cpu_op", "autograd::engine::evaluate_function: MmBackward0", 500, 600, AUTOGRAD, **{"Sequence number": 5}
-        ),
+        # A node written in Python: the number stands on the range within.
+        event("cpu_op", "autograd::engine::evaluate_function: CompiledFunctionBackward", 500, 600, AUTOGRAD),
+        event("cpu_op", "CompiledFunctionBackward", 505, 600, AUTOGRAD, **{"Sequence number": 5}),
         event("cpu_op", "autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", 600, 700, AUTOGRAD),
         *launched("early", 90, -50, -20, -10),  # of the step before
         *launched("embed", 1, 20, 50, 100),  # forward, outside of the loops

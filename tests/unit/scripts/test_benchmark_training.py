@@ -1,0 +1,67 @@
+"""scripts/benchmark_training.py end to end on a model that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ROOT / "tests" / "assets" / "tiny.toml"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_training.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def test_measures_cases_and_skips_those_that_are_done(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    common = [
+        "--config",
+        str(TINY),
+        "--steps",
+        "5",
+        "--output",
+        str(output),
+        "--overrides",
+        "compile.backend=aot_eager",
+    ]
+    # The cases that begin with "block-c", and the one that is profiled.
+    result = run("--cases", "modes/block-c*", "profile/block-eager", *common)
+    assert result.returncode == 0, result.stdout + result.stderr
+    compiled, profiled = map(json.loads, output.read_text().splitlines())
+    assert compiled["case"] == "modes/block-compiled" and profiled["case"] == "profile/block-eager"
+    for row in (compiled, profiled):
+        assert row["tokens_per_step"] == 4 * 32 and set(row["loops"]) == {2}
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["tokens_per_step"] / row["ms"])
+        assert abs(row["first_loss"] - math.log(64)) < 0.5 and math.isfinite(row["last_loss"])
+        assert row["predicted_memory_gib"] > 0 and row["device"] == "CPU" and row["skipped_steps"] == 0
+    assert len(compiled["step_ms"]) == 5 and compiled["profile"] is None
+    # Two kinds of block and the loss, once: the estimate's own graphs do not count.
+    assert compiled["compilation"]["graphs"] == 3 and compiled["compilation"]["recompiled"] == 0
+    assert 0 < compiled["compilation"]["seconds"] <= compiled["compilation"]["warm_up_seconds"]
+    assert profiled["compilation"] is None and profiled["profile"]["accounted"] > 0.95
+    again = run("--cases", "modes/block-c*", *common, "--skip-done")
+    assert again.returncode == 0 and "modes/block-compiled: done already" in again.stdout
+    assert len(output.read_text().splitlines()) == 2
+
+
+def test_a_case_that_takes_too_long_is_a_result_with_an_error(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    arguments = ["--cases", "modes/block-eager", "--config", str(TINY), "--timeout", "1", "--output", str(output)]
+    result = run(*arguments)
+    assert result.returncode == 1 and "1 failed" in result.stderr
+    assert "not done after 1 s" in json.loads(output.read_text())["error"]
+
+
+def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    result = run("--cases", "mode/*")
+    assert result.returncode == 1 and "mode/*: there are modes/none-eager" in result.stderr
+    output = tmp_path / "results.jsonl"
+    result = run("--config", str(TINY), "--overrides", "model.nloops=3", "--output", str(output))
+    assert result.returncode == 2 and "model.n_loops" in result.stdout + result.stderr and not output.exists()
