@@ -102,6 +102,7 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
         command += ["--profile"] if case.is_profiled else []
         command += [f"--{override}" for override in what["overrides"]]
         environment = os.environ | (cold_caches(Path(folder)) if case.is_cold else {})
+        status: int | str
         try:
             status = subprocess.run(
                 command, stdout=text, stderr=subprocess.STDOUT, env=environment, timeout=arguments.timeout
