@@ -20,6 +20,9 @@ from layout_cases import CASES, LAYOUTS, MIXERS, MODELS, WIDE, Case
 PATIENCE = 180
 """Seconds without an outcome after which a run hangs."""
 
+CASES_PER_LAUNCH = 25
+"""Every mesh leaves process groups with threads and sockets of their own: sixty cases of four ranks had a thousand."""
+
 OF_THE_MACHINE = {"tokens_per_second", "mfu", "tflops", "memory_gib", "data_wait_fraction", "time"}
 EXACT = {"step", "lr", "loops", "tokens_seen", "skipped_steps"}
 
@@ -39,6 +42,8 @@ class Launch:
             if self.process is None:
                 self._start()
             elif (self.folder / self.left[0] / "finished").exists():
+                if self.left[0] == self.last:
+                    self.stop()
                 self.left, self.since = self.left[1:], time.monotonic()
             elif reason := self._trouble():
                 # The others may wait for a rank that has left: what is left starts anew.
@@ -54,10 +59,12 @@ class Launch:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.n_ranks)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         worker = str(Path(__file__).with_name("layout_worker.py"))
+        names = self.left[:CASES_PER_LAUNCH]
+        self.last = names[-1]
         self.log = self.folder / f"{self.n_ranks} ranks, {len(self.left)} left.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*torchrun, worker, str(self.folder), *self.left],
+                [*torchrun, worker, str(self.folder), *names],
                 env=environment(PYTHONPATH=str(ROOT)),
                 stdout=log,
                 stderr=subprocess.STDOUT,
