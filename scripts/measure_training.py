@@ -109,7 +109,7 @@ def _compilation(trainer: Trainer, n_before: int) -> dict[str, Any] | None:
     watch = trainer.recompiles
     if watch is None:
         return None
-    events = [event for event in get_compilation_metrics()[n_before:] if event.duration_us is not None and not event.is_runtime]
+    events = [event for event in get_compilation_metrics()[n_before:] if not event.is_runtime]
     return {
         "graphs": watch.n_warm_up_graphs,
         "seconds": sum(event.duration_us or 0 for event in events) / 1e6,
