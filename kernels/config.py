@@ -13,8 +13,9 @@ class KernelsConfig:
     """Which implementation computes the operators."""
 
     backend: Literal["auto", "reference", "fla"] = "auto"
-    """Gated delta rule, short convolution and gated norm: 'fla' is flash-linear-attention's Triton kernels (CUDA),
-    'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on CUDA and the reference elsewhere."""
+    """'fla' is Triton kernels (CUDA): flash-linear-attention's of recurrences, short convolution and gated norm, this
+    project's of native sparse attention. 'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on
+    CUDA and the reference elsewhere."""
 
     def validate(self) -> None:
         known = ("auto", "reference", "fla")

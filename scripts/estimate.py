@@ -41,7 +41,7 @@ def estimate(config: JobConfig) -> dict[str, Any]:
         return allocate(model, 1, length, torch.bfloat16, "meta").n_bytes
 
     long = 1 << 20  # beyond every window
-    per_token = state_bytes(long + 1) - state_bytes(long)
+    per_token = round((state_bytes(2 * long) - state_bytes(long)) / long)  # of many tokens: some mixers keep blocks
     return {
         "parameters": {
             "total": parameters.total,
@@ -166,7 +166,7 @@ def show(result: dict[str, Any]) -> None:
     state = result["decode_state_bytes"]
     table.add_row("decode state, bytes", f"{state['at_seq_len']:,}", f"one of the {seq_len}, bf16")
     table.add_row("  constant", f"{state['constant']:,}", "whatever the length, once windows are full")
-    table.add_row("  per token", f"{state['per_token']:,}", "keys and values of full attention")
+    table.add_row("  per token", f"{state['per_token']:,}", "keys and values of full and sparse attention")
     Console().print(table)
 
 

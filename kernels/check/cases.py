@@ -18,12 +18,18 @@ from lt2titan.kernels.attention import attention, masked_attention
 from lt2titan.kernels.check.other_operators import (
     attention_definition,
     attention_inputs,
+    chosen_mass,
     convolution_inputs,
     norm_inputs,
+    nsa_definition,
+    nsa_probabilities,
 )
 from lt2titan.kernels.check.recurrences import RECURRENCES, Decay, Draw, Sizes
 from lt2titan.kernels.gated_rms_norm import gated_rms_norm
 from lt2titan.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from lt2titan.kernels.nsa import block_layout, compress, compressed_attention, select_blocks, selected_attention
+from lt2titan.kernels.nsa.cached import cached_branches
+from lt2titan.kernels.nsa.reference import choose_blocks
 from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.kernels.recurrence import state_dtype
 from lt2titan.kernels.short_convolution import short_convolution
@@ -73,7 +79,7 @@ class Case:
     def shape(self) -> str:
         """Tokens, then heads and widths."""
         tokens = "+".join(map(str, self.documents)) if self.documents else f"{self.batch}x{self.length}"
-        sizes = self.options or self.sizes._asdict()
+        sizes = (self.sizes._asdict() if self.sizes != ONE_HEAD or not self.options else {}) | self.options
         return " ".join([tokens, *(f"{key}={value}" for key, value in sizes.items())])
 
 
@@ -84,6 +90,8 @@ class Built:
     inputs: dict[str, Tensor]
     run: Callable[[dict[str, Tensor]], Sequence[Tensor]]
     define: Callable[[dict[str, Tensor]], Sequence[Tensor]]
+    names: tuple[str, ...] = ("output", "final_state")
+    """Of the outputs; of fewer, the first."""
 
 
 def errors_of(case: Case, device: torch.device | str, backend: str) -> dict[str, float]:
@@ -93,9 +101,11 @@ def errors_of(case: Case, device: torch.device | str, backend: str) -> dict[str,
     inputs = {name: x.to(device).requires_grad_(not case.decode) for name, x in built.inputs.items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     outputs, expected = built.run(inputs), built.define(exact)
-    names = ["output", "final_state"][: len(outputs)]
-    pairs = list(zip(names, outputs, expected, strict=True))
+    pairs = list(zip(built.names[: len(outputs)], outputs, expected, strict=True))
     if not case.decode:
+        outputs, expected = zip(
+            *((o, e) for o, e in zip(outputs, expected, strict=True) if o.requires_grad), strict=True
+        )
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
         grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
@@ -252,8 +262,48 @@ def _attention(case: Case, packing: _Packing, backend: str) -> Built:
     )
 
 
+def _nsa(case: Case, packing: _Packing, backend: str) -> Built:
+    """Both branches on the blocks that the definition would choose, side by side; and, of the blocks that the operator
+    chooses, the probability that they catch. So two blocks that are equal but for rounding may change places, and a
+    block that is chosen twice, too late or for nothing shows."""
+    options = {name: case.options[name] for name in ("block_size", "n_blocks")}
+    block_size, n_blocks = options.values()
+    inputs = {name: x.to(case.dtype) for name, x in attention_inputs(packing.batch, packing.length, case.sizes).items()}
+    documents = case.documents or (packing.length,)
+    probabilities = nsa_probabilities(inputs["q"].double(), inputs["k"].double(), block_size, documents)
+    positions = torch.cat([torch.arange(n) for n in documents])
+    best = choose_blocks(probabilities, positions, block_size, n_blocks)
+
+    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        q, k, v = x.values()
+        device = q.device
+        layout = block_layout(packing.batch, packing.length, block_size, packing.cu_seqlens, device)
+        if case.decode:  # one query at a time over a cache that holds the later tokens too
+            k_cmp, v_cmp = (x.unflatten(1, (-1, block_size)).mean(dim=2) for x in (k, v))
+            at = positions.to(device).expand(packing.batch, -1).split(1, dim=1)
+            steps = [
+                cached_branches(q_t, k, v, k_cmp, v_cmp, t, window=1, **options)
+                for q_t, t in zip(q.split(1, 1), at, strict=True)
+            ]
+            return (torch.cat([torch.cat(branches[:2], dim=2) for branches in steps], dim=1),)
+        k_cmp, v_cmp = compress(k, layout, block_size), compress(v, layout, block_size)
+        options_of_all = {"block_size": block_size, "backend": backend}
+        compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, **options_of_all)
+        blocks = select_blocks(q.detach(), k_cmp.detach(), lse, layout, n_blocks=n_blocks, **options_of_all)
+        selected = selected_attention(q, k, v, best.to(device), layout, **options_of_all)
+        mass = chosen_mass(blocks, probabilities.to(device), positions.to(device), block_size)
+        return torch.cat([compressed, selected], dim=2), mass
+
+    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        y = nsa_definition(**x, blocks=best.to(x["q"].device), block_size=block_size, documents=documents)
+        return (y,) if case.decode else (y, chosen_mass(best, probabilities, positions, block_size).to(y.device))
+
+    return Built(inputs, run, define, ("output", "chosen_mass"))
+
+
 _BUILD: dict[str, Callable[[Case, _Packing, str], Built]] = {
     "attention": _attention,
+    "nsa": _nsa,
     "short_convolution": _short_convolution,
     "gated_rms_norm": _gated_rms_norm,
 }
@@ -265,6 +315,8 @@ def cases_of(operator: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
     """The cases of one operator."""
     if operator == "attention":
         yield from _attention_cases(dtype, backend)
+    elif operator == "nsa":
+        yield from _nsa_cases(dtype)
     elif operator == "short_convolution":
         sizes: dict[str, Any] = {"D": 192, "W": 4}
         yield Case(operator, dtype, "odd length", batch=2, length=197, options=sizes)
@@ -317,3 +369,14 @@ def _attention_cases(dtype: torch.dtype, backend: str) -> Iterator[Case]:
     yield Case("attention", dtype, "earlier keys", grouped, batch=2, length=197, options={"n_before": 100})
     earlier = {"n_before": 100, "window": 33}  # in the middle of a document
     yield Case("attention", dtype, "packed, window, earlier keys", heads, documents=DOCUMENTS, options=earlier)
+
+
+def _nsa_cases(dtype: torch.dtype) -> Iterator[Case]:
+    sizes, grouped = Sizes(16, 1, 128, 128), Sizes(6, 2, 40, 40)
+    options, few = {"block_size": 64, "n_blocks": 16}, {"block_size": 16, "n_blocks": 4}
+    yield Case("nsa", dtype, "odd length", sizes, batch=1, length=1201, options=options)
+    yield Case("nsa", dtype, "few blocks, odd heads", grouped, batch=2, length=197, options=few)
+    yield Case("nsa", dtype, "one token, single head", ONE_HEAD, batch=2, length=1, options=few)
+    yield Case("nsa", dtype, "packed", sizes, documents=DOCUMENTS, options={"block_size": 32, "n_blocks": 3})
+    yield Case("nsa", dtype, "packed, odd heads", grouped, documents=DOCUMENTS, options=few)
+    yield Case("nsa", dtype, "token by token", grouped, batch=2, length=48, decode=True, options=few)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lt2titan.kernels.nsa.layout import BlockLayout
 from lt2titan.model.stretch import Stretch
 
 Carry = dict[str, Tensor]
@@ -24,6 +25,7 @@ class Context:
     max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
     window: attention window of softmax layers in this loop; None leaves each mixer its own, 0 is full.
     stretch: where these are parts of rows, whose earlier and later tokens lie on other ranks; None: they are all.
+    key_blocks: where blocks of keys lie, for each block size that a mixer uses; empty with a decode state.
     """
 
     positions: Tensor
@@ -33,6 +35,7 @@ class Context:
     max_seqlen: int = 0
     window: int | None = None
     stretch: Stretch | None = None
+    key_blocks: dict[int, BlockLayout] = field(default_factory=dict)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.kernels.packing import check_cu_seqlens
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.context import Context, rotary_tables
@@ -107,6 +109,11 @@ class LT2(nn.Module):
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
         max_seqlen = (max_seqlen or shape[1]) * self.stretches.n_ranks
         context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch)
+        if state is None:
+            sizes = {block.mixer.key_block_size for block in self.core.blocks} - {0}
+            batch, length = positions.shape
+            layouts = {size: block_layout(batch, length, size, cu_seqlens, tokens.device) for size in sorted(sizes)}
+            context = replace(context, key_blocks=layouts)
         h = self.core(
             self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops
         )

@@ -7,8 +7,8 @@ Compiled blocks keep less than eager ones: torch.compile computes cheap operator
 forward and backward passes as for a GPU (parallel/compiled_memory.py), and counted in the same way.
 
 Counted: tensors saved for the backward pass, each storage once, with the inputs of the blocks and the tensors that all
-blocks share (positions, rotary tables). Not counted: weights, what stands outside the core (embedding, final norm,
-logits), gradients, workspaces and temporaries inside operators.
+blocks share (positions, rotary tables, layouts of key blocks). Not counted: weights, what stands outside the core
+(embedding, final norm, logits), gradients, workspaces and temporaries inside operators.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.model.block import Block
 from lt2titan.model.context import Carry, Context, rotary_tables
 from lt2titan.model.looped_core import LoopedCore
@@ -72,7 +73,7 @@ class CoreMemory:
 
     input: bytes of the hidden states (B, L, dim).
     carry: bytes of the initial carry.
-    shared: bytes of positions and rotary tables, of which there is one copy.
+    shared: bytes of positions, rotary tables and layouts of key blocks, of which there is one copy.
     blocks: ``blocks[loop][layer]``.
     """
 
@@ -159,11 +160,14 @@ def core_memory(
         widths = {block.mixer.rotary_dim for block in core.blocks} - {0}
         rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
         cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
+        sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
+        layouts = {size: block_layout(*shape, size, cu_seqlens, positions.device) for size in sorted(sizes)}
         stretch = None
         if n_context > 1:
             share = Share(n_context - 1, n_context, "shapes alone")  # fake collectives ask for no group
             stretch = find_stretch(torch.zeros(batch_size, length, dtype=torch.int64), share, cu_seqlens, cu_seqlens)
-        context = Context(positions, rotary, cu_seqlens, None, length * n_context, stretch=stretch)
+        max_seqlen = length * n_context
+        context = Context(positions, rotary, cu_seqlens, None, max_seqlen, stretch=stretch, key_blocks=layouts)
         h = torch.zeros(*shape, model.config.dim, dtype=dtype, requires_grad=True)
         carry: Carry = {}
         for block in core.blocks:
@@ -285,7 +289,8 @@ class _Outputs(TorchDispatchMode):
 def _shared(context: Context) -> list[Any]:
     stretch = context.stretch
     of_stretch = [stretch.first, stretch.last, stretch.n_before, stretch.cu_seqlens_k] if stretch else []
-    return [context.positions, context.rotary, context.cu_seqlens, context.chunk_indices, of_stretch]
+    of_tokens = [context.positions, context.rotary, context.cu_seqlens, context.chunk_indices]
+    return [of_tokens, of_stretch, context.key_blocks]
 
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:

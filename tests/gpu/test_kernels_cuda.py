@@ -5,6 +5,8 @@ pytest tests/gpu/test_kernels_cuda.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,6 +18,16 @@ from lt2titan.kernels.check.__main__ import check, limit_tuning
 from lt2titan.kernels.check.cases import OPERATORS, Case, cases_of
 from lt2titan.kernels.check.recurrences import RECURRENCES, Draw, Sizes
 from lt2titan.kernels.gated_rms_norm import _gated_rms_norm, gated_rms_norm
+from lt2titan.kernels.nsa import (
+    _compressed,
+    _select,
+    _selected,
+    block_layout,
+    compress,
+    compressed_attention,
+    select_blocks,
+    selected_attention,
+)
 from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.kernels.short_convolution import _short_convolution, short_convolution
 
@@ -99,3 +111,62 @@ def test_no_synchronisation(name: str, packed: bool) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def nsa_step(length: int, cu_seqlens: torch.Tensor | None = None) -> Callable[[], None]:
+    """Forward and backward of both branches, 16 heads on one of 128 channels."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, length, n, 128, device=CUDA, dtype=BF16, generator=generator, requires_grad=True)
+        for n in (16, 1, 1)
+    )
+    options = {"block_size": 64, "backend": "fla"}
+
+    def step() -> None:
+        layout = block_layout(1, length, 64, cu_seqlens, CUDA)
+        k_cmp, v_cmp = compress(k, layout, 64), compress(v, layout, 64)
+        compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, **options)
+        with torch.no_grad():
+            blocks = select_blocks(q, k_cmp, lse, layout, n_blocks=16, **options)
+        selected = selected_attention(q, k, v, blocks, layout, **options)
+        torch.autograd.grad((compressed + selected).sum(), [q, k, v])
+
+    return step
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nsa_does_not_synchronise(packed: bool) -> None:
+    cu_seqlens = torch.tensor([0, 1, 1500, 3000, 3000], dtype=torch.int32, device=CUDA)
+    step = nsa_step(3000, cu_seqlens if packed else None)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_of_nsa_grows_with_the_length() -> None:
+    peaks = []
+    for length in (1 << 15, 1 << 17):
+        step = nsa_step(length)
+        step()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del step
+    assert peaks[1] < 4.2 * peaks[0], peaks
+
+
+def test_opcheck_of_nsa() -> None:
+    q = torch.randn(200, 16, 64, device=CUDA, dtype=BF16, requires_grad=True)
+    k = torch.randn(200, 1, 64, device=CUDA, dtype=BF16, requires_grad=True)
+    layout = block_layout(1, 200, 64, torch.tensor([0, 5, 200, 200], dtype=torch.int32, device=CUDA), CUDA)
+    k_cmp = compress(k[None], layout, 64).detach().requires_grad_()
+    _, lse = _compressed(q, k_cmp, k_cmp, *layout, 64, 0.125, "fla")
+    blocks = _select(q, k_cmp, lse, *layout, 64, 3, 0.125, "fla")
+    torch.library.opcheck(_compressed, (q, k_cmp, k_cmp.detach(), *layout, 64, 0.125, "fla"))
+    torch.library.opcheck(_select, (q.detach(), k_cmp.detach(), lse.detach(), *layout, 64, 3, 0.125, "fla"))
+    torch.library.opcheck(_selected, (q, k, k.detach(), blocks, *layout, 64, 0.125, "fla"))

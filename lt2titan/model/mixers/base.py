@@ -37,6 +37,9 @@ class Mixer(nn.Module):
     rotary_dim: int = 0
     """Head width that needs RoPE tables in the context; 0 for none."""
 
+    key_block_size: int = 0
+    """Tokens in the blocks of keys whose layout it needs in the context; 0 for none."""
+
     share = Share()
     """Of the heads, which this rank computes; set by parallel/tensor_parallel.py."""
 

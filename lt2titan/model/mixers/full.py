@@ -12,6 +12,7 @@ from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import FullConfig, WindowConfig
+from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.stretch import with_earlier_keys
 
 QUERY_BLOCK = 1024
@@ -113,19 +114,11 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, window: 
     position each slot holds (-1: none). A window's ring is as long as the window, so it forgets what is out of sight;
     that of full attention has a slot for every position.
     """
-    positions, cu_seqlens, width = context.positions, context.cu_seqlens, context.max_seqlen
-    if cu_seqlens is None:
-        return _attend_rows(q, k, v, positions, window, state, has_gaps=False)
-    # One row per document, its tokens at the right, so that equal columns are equally far from a document's end.
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    rows = torch.arange(len(starts), device=q.device).repeat_interleave(ends - starts, output_size=q.shape[1])
-    columns = torch.arange(q.shape[1], device=q.device) + width - ends[rows]
-
-    def unpack(x: Tensor, fill: int = 0) -> Tensor:
-        return x.new_full((len(starts), width, *x.shape[2:]), fill).index_put((rows, columns), x[0])
-
-    y = _attend_rows(unpack(q), unpack(k), unpack(v), unpack(positions, -1), window, state, has_gaps=True)
-    return y[rows, columns][None]
+    if context.cu_seqlens is None:
+        return _attend_rows(q, k, v, context.positions, window, state, has_gaps=False)
+    rows = DocumentRows(context)
+    q, k, v = (rows.unpack(x) for x in (q, k, v))
+    return rows.pack(_attend_rows(q, k, v, rows.unpack(context.positions, -1), window, state, has_gaps=True))
 
 
 def _attend_rows(

@@ -11,6 +11,7 @@ from lt2titan.model.mixers.gla import GLA
 from lt2titan.model.mixers.hgrn2 import HGRN2
 from lt2titan.model.mixers.kda import KDA
 from lt2titan.model.mixers.mamba2 import Mamba2
+from lt2titan.model.mixers.nsa import NSA
 from lt2titan.model.mixers.retnet import RetNet
 from lt2titan.model.mixers.rwkv7 import RWKV7
 from lt2titan.model.mixers.window import Window
@@ -26,6 +27,7 @@ MIXERS: dict[str, type] = {
     "gdn": GDN,
     "kda": KDA,
     "rwkv7": RWKV7,
+    "nsa": NSA,
 }
 
 

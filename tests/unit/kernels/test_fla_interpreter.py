@@ -26,6 +26,8 @@ import triton_interpreter
 from lt2titan.kernels.check.cases import Case, errors_of
 from lt2titan.kernels.check.recurrences import RECURRENCES, Draw, Sizes
 from lt2titan.kernels.gated_rms_norm import _gated_rms_norm
+from lt2titan.kernels.nsa import _compressed, _select, _selected, block_layout, compress
+from lt2titan.kernels.nsa import selected_triton as nsa_selected_triton
 from lt2titan.kernels.short_convolution import _short_convolution
 
 triton_interpreter.install()
@@ -47,7 +49,14 @@ def recurrence_cases() -> Iterator[Case]:
         yield replace(case, what="decay near 0", length=20, decay="near_zero", state=False)
 
 
+NSA = {"block_size": 16, "n_blocks": 4}
+
 CASES = [
+    Case("nsa", FP32, "dense, odd heads", Sizes(6, 2, 20, 20), batch=2, length=101, options=NSA),
+    Case("nsa", FP32, "three blocks of three", Sizes(2, 1, 16, 16), length=130, options={**NSA, "n_blocks": 3}),
+    Case("nsa", FP32, "one token", batch=2, length=1, options=NSA),
+    Case("nsa", FP32, "blocks in parts", Sizes(3, 1, 72, 72), length=131, options={"block_size": 64, "n_blocks": 3}),
+    Case("nsa", FP32, "packed", Sizes(16, 1, 16, 16), documents=(1, 66, 3, 64, 0, 0), options=NSA),
     *recurrence_cases(),
     Case("short_convolution", FP32, "dense", batch=2, length=67, state=True, options=CONVOLUTION),
     Case("short_convolution", FP32, "one token", batch=2, length=1, state=True, options={**CONVOLUTION, "bias": True}),
@@ -104,3 +113,45 @@ def test_opcheck_of_the_others() -> None:
     weight = torch.randn(6, 4, requires_grad=True)
     torch.library.opcheck(_short_convolution, (x, weight, None, None, None, None, "silu", True, "fla"))
     torch.library.opcheck(_gated_rms_norm, (x, x.detach(), torch.ones(6, requires_grad=True), 1e-5, "silu", "fla"))
+
+
+def test_nsa_of_equally_probable_blocks_takes_the_older_as_the_reference_does() -> None:
+    """Exact ties: keys of all blocks are the same but for two that are better, and one better than those."""
+    k = torch.ones(1, 230, 1, 16)
+    k[:, 96:128], k[:, 64:80] = 1.5, 2.0
+    q = torch.ones(230, 3, 16)
+    layout = block_layout(1, 230, 16, None, torch.device("cpu"))
+    k_cmp = compress(k, layout, 16)
+    chosen = {}
+    for backend in ("reference", "fla"):
+        _, lse = _compressed(q, k_cmp, k_cmp, *layout, 16, 0.25, backend)
+        chosen[backend] = _select(q, k_cmp, lse, *layout, 16, 7, 0.25, backend)
+    assert torch.equal(chosen["fla"], chosen["reference"])
+    assert chosen["fla"][229, 0].tolist() == [
+        0,
+        1,
+        4,
+        6,
+        7,
+        13,
+        14,
+    ]  # own 14, previous 13, best 4, then 6 and 7, oldest
+
+
+def test_nsa_sums_long_lists_of_queries_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block is in every query's list: 12 segments and more of 8 queries each."""
+    monkeypatch.setattr(nsa_selected_triton, "SHORT_SEGMENT", 8)
+    case = Case("nsa", FP32, "short segments", Sizes(4, 2, 16, 16), documents=(99, 7), options=NSA)
+    assert max(errors_of(case, "cpu", "fla").values()) < 1e-5
+
+
+def test_opcheck_of_nsa() -> None:
+    q, k = torch.randn(20, 2, 16, requires_grad=True), torch.randn(20, 1, 16, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 3, 20, 20], dtype=torch.int32)
+    layout = block_layout(1, 20, 16, cu_seqlens, torch.device("cpu"))
+    k_cmp = torch.randn(layout.block_start.shape[0], 1, 16, requires_grad=True)
+    _, lse = _compressed(q, k_cmp, k_cmp, *layout, 16, 0.25, "fla")
+    blocks = _select(q, k_cmp, lse, *layout, 16, 3, 0.25, "fla")
+    torch.library.opcheck(_compressed, (q, k_cmp, k_cmp.detach(), *layout, 16, 0.25, "fla"))
+    torch.library.opcheck(_select, (q.detach(), k_cmp.detach(), lse.detach(), *layout, 16, 3, 0.25, "fla"))
+    torch.library.opcheck(_selected, (q, k, k.detach(), blocks, *layout, 16, 0.25, "fla"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ if _missing := [name for name in ("triton", "fla", "einops", "transformers") if 
 
 import triton_interpreter
 
+from lt2titan.kernels.nsa import block_layout
 from lt2titan.model.context import Context, rotary_tables
 from lt2titan.model.mixers.base import Common, Mixer
 from lt2titan.model.mixers.config import (
@@ -31,6 +33,7 @@ from lt2titan.model.mixers.config import (
     GLAConfig,
     HGRN2Config,
     KDAConfig,
+    NSAConfig,
     RetNetConfig,
     RWKV7Config,
 )
@@ -225,3 +228,35 @@ def test_cached_decoding_matches(name: str) -> None:
             y, _ = own(piece, context(piece, own, start), {}, state)
             expected, _, cache, *_ = theirs(piece, past_key_values=cache, use_cache=True)
             torch.testing.assert_close(y, expected, **TOLERANCE)
+
+
+def test_native_sparse_attention_matches_but_for_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients; fla's window wants the flash-attn package, so it is left out here and there. Its kernels
+    want 16 query heads for a key head."""
+    import fla.layers
+
+    import lt2titan.model.mixers.nsa as own_module
+
+    triton_interpreter.patch_loops()
+    monkeypatch.setattr(own_module, "attention", lambda q, *args, **options: torch.zeros_like(q))
+    dim, length, size = 256, 100, 16
+    own = own_module.NSA(NSAConfig(block_size=size, n_blocks=4), Common(dim, EPS, is_first=True, backend="reference"))
+    sizes = {"num_heads": 16, "num_kv_heads": 1, "head_dim": 16, "block_size": size, "block_counts": 4}
+    theirs = fla.layers.NativeSparseAttention(hidden_size=dim, window_size=0, layer_idx=0, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    names = {name: name.replace("gate_proj", "g_proj") for name, _ in own.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+            theirs.get_parameter(names[name]).copy_(parameter)
+    x = torch.randn(1, length, dim, generator=generator, requires_grad=True)
+    layout = block_layout(1, length, size, None, x.device)
+    y, _ = own(x, replace(context(x, own), key_blocks={size: layout}), {})
+    expected = theirs(x)[0]
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    weights = torch.randn(y.shape, generator=generator)
+    grads = torch.autograd.grad((y * weights).sum(), [x, *own.parameters()])
+    expected_parameters = [theirs.get_parameter(name) for name in names.values()]
+    expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *expected_parameters])
+    for name, grad, expected_grad in zip(["x", *names], grads, expected_grads, strict=True):
+        assert (grad - expected_grad).norm() / expected_grad.norm() < 2e-5, name

@@ -24,7 +24,9 @@ def test_every_operator_passes_on_this_device(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert torch.__version__ in result.stdout and report["versions"]["torch"] == torch.__version__
     assert {case["case"].split(",")[0] for case in report["cases"]} == set(OPERATORS)
-    assert all(0 < max(case["errors"].values()) < 2e-5 for case in report["cases"])
+    errors = {case["case"]: max(case["errors"].values()) for case in report["cases"]}
+    assert all(0 <= error < 2e-5 for error in errors.values())
+    assert {name.split(",")[0] for name, error in errors.items() if error > 0} == set(OPERATORS)
 
 
 def wrong(scale: float):  # an operator whose output is off by a factor
@@ -89,9 +91,9 @@ def test_the_cases_cover_what_breaks_kernels(operator: str) -> None:
     if operator == "gated_rms_norm":
         return
     assert any(1 in case.documents for case in cases)
-    if operator != "attention":
+    if operator not in ("attention", "nsa"):
         assert any(case.state for case in cases)
     assert any(case.decode for case in cases)
-    if operator not in ("attention", "short_convolution"):
+    if operator not in ("attention", "nsa", "short_convolution"):
         assert {case.decay for case in cases} == {"mixed", "near_one", "near_zero"}
         assert any(case.decode for case in cases) and any(case.sizes.H == 1 for case in cases)

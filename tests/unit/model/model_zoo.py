@@ -18,6 +18,7 @@ from lt2titan.model.mixers.config import (
     KDAConfig,
     Mamba2Config,
     MixersConfig,
+    NSAConfig,
     RetNetConfig,
     RWKV7Config,
     WindowConfig,
@@ -34,6 +35,7 @@ MIXERS = MixersConfig(
     gdn=GDNConfig(n_heads=2, n_v_heads=4, allow_neg_eigval=True),
     kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5, allow_neg_eigval=True),
     rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
+    nsa=NSAConfig(n_heads=4, n_kv_heads=1, block_size=2, n_blocks=4, window=3),
 )
 
 
@@ -71,6 +73,11 @@ ZOO = {
     "rwkv7+full bookend": small(
         "rwkv7", "full", n_layers=4, hybrid=HybridConfig(mixer="full", ratio=1, placement="bookend")
     ),
+    "nsa": small("nsa"),
+    "nsa, two key heads": small(
+        "nsa", mixers=replace(MIXERS, nsa=NSAConfig(n_heads=4, n_kv_heads=2, block_size=3, n_blocks=3, window=5))
+    ),
+    "gdn+nsa": small("gdn", "nsa"),
     "gdn": small("gdn"),
     "gdn+full": small("gdn", "full"),
     "full+gdn bookend": small("full", "gdn", hybrid=HybridConfig(mixer="gdn", ratio=1, placement="bookend")),

@@ -13,12 +13,13 @@ from naive_gla import gla, hgrn2
 from naive_kda import kda
 from naive_mamba2 import mamba2
 from naive_math import Array, rms_norm, silu
+from naive_nsa import nsa
 from naive_retnet import retnet
 from naive_rwkv7 import rwkv7
 
 from lt2titan.model.config import ModelConfig
 
-LINEAR = {
+MIXERS = {
     "retnet": retnet,
     "mamba2": mamba2,
     "gla": gla,
@@ -27,8 +28,9 @@ LINEAR = {
     "gdn": gdn,
     "kda": kda,
     "rwkv7": rwkv7,
+    "nsa": nsa,
 }
-"""(the mixer's parameters, inputs, config, what layers of one loop share) -> outputs, for the linear mixers."""
+"""(the mixer's parameters, inputs, config, what layers of one loop share) -> outputs, for all but softmax attention."""
 
 
 def logits(p: dict[str, Array], config: ModelConfig, tokens: list[int]) -> Array:
@@ -40,9 +42,9 @@ def logits(p: dict[str, Array], config: ModelConfig, tokens: list[int]) -> Array
         for i, kind in enumerate(config.layer_mixers):
             block = f"core.blocks.{i}"
             xs = [rms_norm(h, p[f"{block}.mixer_norm.weight"], eps) for h in hs]
-            if kind in LINEAR:
+            if kind in MIXERS:
                 own_parameters = {n.removeprefix(f"{block}.mixer."): v for n, v in p.items() if f"{block}.mixer." in n}
-                ys = LINEAR[kind](own_parameters, xs, config, carry)
+                ys = MIXERS[kind](own_parameters, xs, config, carry)
             else:
                 own = m.full if kind == "full" else m.window
                 window = m.window.window if kind == "window" else 0

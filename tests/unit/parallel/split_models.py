@@ -31,6 +31,7 @@ from lt2titan.model.mixers.config import (
     KDAConfig,
     Mamba2Config,
     MixersConfig,
+    NSAConfig,
     RetNetConfig,
     RWKV7Config,
     WindowConfig,
@@ -56,8 +57,10 @@ MIXERS = MixersConfig(
     gdn=GDNConfig(n_heads=2, n_v_heads=4),
     kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5),
     rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
+    nsa=NSAConfig(n_heads=4, n_kv_heads=1, block_size=2, n_blocks=4, window=3),
 )
 ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
+TWO_KEY_HEADS = replace(MIXERS, nsa=NSAConfig(n_heads=4, n_kv_heads=2, block_size=2, n_blocks=4, window=3))
 FOUR_HEADS = replace(
     MIXERS,
     full=FullConfig(n_heads=4, n_kv_heads=4),

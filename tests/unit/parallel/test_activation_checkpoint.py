@@ -33,7 +33,7 @@ from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.looped_core import LoopObserver
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig, RWKV7Config
+from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig, NSAConfig, RWKV7Config
 from lt2titan.parallel import activation_checkpoint
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint, recompute_plan
 from lt2titan.parallel.activation_memory import core_memory
@@ -53,6 +53,7 @@ def config(common: str, **changes: Any) -> ModelConfig:
         full=FullConfig(n_heads=2, output_gate=True),
         gdn=GDNConfig(n_heads=2),
         rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
+        nsa=NSAConfig(n_heads=2, block_size=2, n_blocks=3, window=3),
     )
     settings: dict[str, Any] = {"hybrid": HybridConfig(mixer="full", ratio=2), "mixers": mixers, **changes}
     return ModelConfig(vocab_size=19, dim=16, n_layers=3, n_loops=N_LOOPS, mixer=common, ffn_dim=24, **settings)
@@ -64,6 +65,7 @@ CONFIGS = {
     "rwkv7+full": config("rwkv7"),
     # The carry's writer is the top layer.
     "full+rwkv7": config("full", hybrid=HybridConfig(mixer="rwkv7", ratio=2)),
+    "nsa+full": config("nsa"),
     "window per loop": config("gdn", loop=LoopConfig(windows=[-1, 6, 3])),
 }
 
@@ -175,7 +177,11 @@ def test_what_is_kept_is_as_predicted(name: str, is_packed: bool) -> None:
     model, inputs = build(name), batch(is_packed)
     sizes = core_memory(model, batch_size=2, length=24, dtype=torch.float32, n_documents=3 if is_packed else 0)
     h, context = core_inputs(model, inputs)
-    given = [h, *model.parameters(), *tree_leaves([context.positions, context.rotary, context.cu_seqlens])]
+    given = [
+        h,
+        *model.parameters(),
+        *tree_leaves([context.positions, context.rotary, context.cu_seqlens, context.key_blocks]),
+    ]
     given = [t for t in given if t is not None]
     for mode, skip_last_loops in [("none", 0), *((mode, skip) for mode in SCOPED for skip in (0, 1))]:
         apply_activation_checkpoint(model, mode, skip_last_loops=skip_last_loops)

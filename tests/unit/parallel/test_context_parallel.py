@@ -42,6 +42,7 @@ from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.communication_estimate import of_activations
 from lt2titan.parallel.config import ParallelismConfig
+from lt2titan.parallel.config.context_parallel import WITHOUT, check_context_parallel
 from lt2titan.parallel.context_parallel import apply_context_parallel
 from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.layout import Layout
@@ -55,6 +56,8 @@ def mesh(context: int, **degrees: int) -> ParallelDims:
 def every_mixer() -> None:
     dims = mesh(2)
     for name in MixersConfig.names():
+        if name in WITHOUT:
+            continue
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
 
@@ -218,6 +221,14 @@ def test_a_run_is_refused_before_it_starts() -> None:
     job.validation.enable, job.validation.seq_len = True, 31
     with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*validation.seq_len = 31"):
         job.validate_run(2)
+
+
+@pytest.mark.parametrize("mixer", WITHOUT)
+def test_mixers_without_context_parallelism_are_refused(mixer: str) -> None:
+    for shape in (config(mixer), config("gdn", mixer)):
+        check_context_parallel(shape, {"training.seq_len": 32}, 1)
+        with pytest.raises(ConfigError, match=f"context_parallel_degree = 2: {mixer} layers"):
+            check_context_parallel(shape, {"training.seq_len": 32}, 2)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from split_models import (
     LENGTH,
     MIXERS,
     ONE_GROUP,
+    TWO_KEY_HEADS,
     batches,
     check_evaluated,
     check_same,
@@ -61,6 +62,7 @@ def every_mixer() -> None:
     for name in MixersConfig.names():
         check_same(config(name), dims, packed=True)
     check_same(config("mamba2", mixers=ONE_GROUP), dims)
+    check_same(config("nsa", mixers=TWO_KEY_HEADS), dims, packed=True)
 
 
 def without_sequence_parallelism() -> None:
@@ -200,13 +202,13 @@ def deferred_reductions() -> None:
 def compiled() -> None:
     """The mixers that communicate or slice by rank inside of their graphs."""
     dims = mesh(2)
-    for name in ("rwkv7", "mamba2", "retnet"):
+    for name in ("rwkv7", "mamba2", "retnet", "nsa"):
         check_same(config(name, "full", mixers=ONE_GROUP), dims, compile_backend="aot_eager", packed=True)
     check_same(config("hgrn2", "full"), dims, compile_backend="aot_eager", sequence_parallel=False)
 
 
 def four_shares() -> None:
-    for name in ("gdn", "full", "hgrn2", "retnet", "mamba2"):
+    for name in ("gdn", "full", "hgrn2", "retnet", "mamba2", "nsa"):
         check_same(config(name, mixers=FOUR_HEADS), mesh(4), packed=True)
 
 
@@ -246,6 +248,7 @@ def test_four_ranks_in_other_layouts() -> None:
     [
         (config("gdn", "full"), 4, r"model.mixers.gdn.n_heads = 2 .* evenly: \[1, 2\]"),
         (config("full"), 4, r"n_kv_heads = 2 \(the next that it splits is 4\)"),
+        (config("nsa", mixers=TWO_KEY_HEADS), 4, r"mixers.nsa.n_kv_heads = 2 \(the next that it splits is 4\)"),
         (config("rwkv7"), 4, r"rwkv7 heads \(dim / head_dim\) = 2"),
         (replace(config("hgrn2"), vocab_size=19), 2, r"vocab_size = 19 \(the next that it splits is 20\)"),
         (replace(config("hgrn2"), ffn_dim=25), 2, "ffn_dim = 25"),

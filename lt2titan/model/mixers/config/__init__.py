@@ -11,6 +11,7 @@ from lt2titan.model.mixers.config.gla import GLAConfig
 from lt2titan.model.mixers.config.hgrn2 import HGRN2Config
 from lt2titan.model.mixers.config.kda import KDAConfig
 from lt2titan.model.mixers.config.mamba2 import Mamba2Config
+from lt2titan.model.mixers.config.nsa import NSAConfig
 from lt2titan.model.mixers.config.retnet import RetNetConfig
 from lt2titan.model.mixers.config.rwkv7 import RWKV7Config
 from lt2titan.model.mixers.config.window import WindowConfig
@@ -24,6 +25,7 @@ __all__ = [
     "KDAConfig",
     "Mamba2Config",
     "MixersConfig",
+    "NSAConfig",
     "RWKV7Config",
     "RetNetConfig",
     "WindowConfig",
@@ -44,6 +46,7 @@ class MixersConfig:
     gdn: GDNConfig = field(default_factory=GDNConfig)
     kda: KDAConfig = field(default_factory=KDAConfig)
     rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
+    nsa: NSAConfig = field(default_factory=NSAConfig)
 
     @classmethod
     def names(cls) -> list[str]:
