@@ -25,7 +25,9 @@ QUERIES_PER_ROW = 512
 
 
 @torch.no_grad()
-def validation_diagnostics(model: LT2, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+def validation_diagnostics(
+    model: LT2, batches: Iterable[Batch], device: torch.device, sees_all: bool = False
+) -> dict[str, float]:
     """Figures over the valid targets of ``batches`` on all ranks; each rank must bring as many batches.
 
     exit_loss/loop_t: nats per token when the final norm and head read h(t) (the logit lens); at t = T the loss itself.
@@ -36,7 +38,7 @@ def validation_diagnostics(model: LT2, batches: Iterable[Batch], device: torch.d
     for batch in batches:
         lens = _LoopLens(model, batch.targets.to(device))
         with model.core.observed_by(lens):
-            model(**model_inputs(batch, device))
+            model(**model_inputs(batch, device), sees_all=sees_all)
         sums += lens.sums
     if dist.is_initialized():
         dist.all_reduce(sums)

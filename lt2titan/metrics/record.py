@@ -5,6 +5,14 @@ Figures that come in families are named ``family/member``. With validation.loops
     validation, over the whole text:
         validation_loss/loops_n nats per token of the model that runs n loops
 
+of models with indexers (mixers/dsa.py):
+
+    training:
+        indexer_kl              KL of the indexers' softmax from the attention distribution, nats: mean over tokens,
+                                layers and loops (those with gradients that choose); what the indexers learn from is
+                                kl_weight times its sum over layers and loops
+        grad_norm/indexer       L2 norm before clipping of the indexers' gradients, which grad_norm leaves out
+
 and with metrics.loop_diagnostics, for t = 1..T (while training, T is that of the step: ``loops``):
 
     training, over all tokens of the step:

@@ -21,6 +21,8 @@ class Context:
     chunk_indices: what packed GPU kernels derive from cu_seqlens, made on the host; None if not needed.
     max_seqlen: upper bound on the documents' lengths, with cu_seqlens.
     window: attention window of softmax layers in this loop; None leaves each mixer its own, 0 is full.
+    sees_all: layers that choose what attention sees see everything, for their choice is still to be learned.
+    reuses_selection: they see in this loop what they chose in an earlier one.
     """
 
     positions: Tensor
@@ -29,6 +31,8 @@ class Context:
     chunk_indices: Tensor | None = None
     max_seqlen: int = 0
     window: int | None = None
+    sees_all: bool = False
+    reuses_selection: bool = False
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

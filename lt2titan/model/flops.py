@@ -46,9 +46,9 @@ def training_flops_per_token(model: LT2, seq_len: int, n_loops: int = 0, n_backw
     """FLOPs that one training step executes per token, averaged over a sequence of ``seq_len``.
 
     6 (2 forward, 4 backward) for each parameter of the blocks in every loop and of the head; for each softmax layer
-    executed, both products with the tokens it sees (causal, inside its window of that loop) three times over. Loops
-    without gradients are their forward alone, a third of that. Left out: the embedding's look-up, recomputation, norms
-    and gates outside of matrices, rho.
+    executed, both products with the tokens it sees (causal, inside its window of that loop, or chosen) three times
+    over, and what choosing them takes. Loops without gradients are their forward alone, a third of that. Left out: the
+    embedding's look-up, recomputation, norms and gates outside of matrices, rho.
 
     Args:
         n_loops: executed loops; 0 means all that were built.
@@ -63,6 +63,7 @@ def training_flops_per_token(model: LT2, seq_len: int, n_loops: int = 0, n_backw
         for block in core.blocks:
             matrices += n_passes * 2.0 * _size(block)
             attention += n_passes * block.mixer.attention_flops(seq_len, core.window(loop))
+            attention += block.mixer.selection_flops(seq_len, core.reuses_selection(loop), n_passes == 3)
             recurrence += n_passes * block.mixer.recurrence_flops()
     return Flops(matrices + attention, recurrence)
 
