@@ -169,8 +169,11 @@ class Trainer:
     def _open_metrics(self) -> None:
         training, loops = self.config.training, self.loop_schedule
         self.flops_per_token = {
-            n: training_flops_per_token(self.model, training.seq_len, n, loops.backward_loops(n)).model
+            (n, sees_all): training_flops_per_token(
+                self.model, training.seq_len, n, loops.backward_loops(n), sees_all
+            ).model
             for n in range(1, self.config.model.n_loops + 1)
+            for sees_all in (False, True)
         }
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,7 @@ class Trainer:
                 parameters.total / 1e6,
                 parameters.core / 1e6,
                 self.config.model.n_loops,
-                self.flops_per_token[self.config.model.n_loops],
+                self.flops_per_token[self.config.model.n_loops, False],
             )
             _, horizon = self.config.schedule
             logger.info("%s", loops.describe(horizon))
@@ -270,6 +273,7 @@ class Trainer:
         self.step += 1
         n_loops = self.loop_schedule.loops(self.step)
         n_backward_loops = self.loop_schedule.backward_loops(n_loops)
+        sees_all = self.indexers.sees_all(self.step)
         with phase("count"):
             n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
             n_valid = n_valid.to(self.device, non_blocking=True)
@@ -286,7 +290,7 @@ class Trainer:
                     **model_inputs(batch, self.device),
                     n_loops=n_loops,
                     n_backward_loops=n_backward_loops,
-                    sees_all=self.indexers.sees_all(self.step),
+                    sees_all=sees_all,
                     with_auxiliary=True,
                 )
                 loss = loss / n_valid.clamp(min=1)
@@ -312,7 +316,7 @@ class Trainer:
             self._update_float8_scales()
 
         self.tokens_seen += n_tokens
-        self.throughput.add_step(n_tokens, self.flops_per_token[n_loops])
+        self.throughput.add_step(n_tokens, self.flops_per_token[n_loops, sees_all])
         return StepResult(total, indexer_kl, grad_norms, loops)
 
     def _update_float8_scales(self) -> None:

@@ -96,7 +96,7 @@ def _kl_kernel(
         ik = tl.load(index_k + at_keys, mask=is_entry, other=0.0)
         product = tl.maximum(tl.dot(iq, tl.trans(ik), input_precision=PRECISION), 0.0)
         log_q = tl.where(is_key, tl.sum(weight[:, None] * product, axis=0) - log_total, 0.0)
-        divergence += tl.where(target > 0.0, target * (tl.log(tl.maximum(target, 1e-38)) - log_q), 0.0)
+        divergence += tl.where(target > 0.0, target * (tl.log(tl.maximum(target, 1e-30)) - log_q), 0.0)
         d_score = tl.where(is_key, tl.exp(log_q) - target, 0.0)
         d_weight += tl.sum(d_score[None, :] * product, axis=1)
         d_product = tl.where(product > 0.0, d_score[None, :] * weight[:, None], 0.0).to(ik.dtype)

@@ -75,13 +75,14 @@ class Mixer(nn.Module):
         """Forward FLOPs per token of products between tokens that model FLOPs count (softmax attention)."""
         return 0.0
 
-    def selection_flops(self, seq_len: int, reuses: bool, is_trained: bool) -> float:
+    def selection_flops(self, seq_len: int, reuses: bool, is_trained: bool, sees_all: bool) -> float:
         """FLOPs per token, forward and backward, of choosing what attention sees, and of learning to, beyond what
         parameters and `attention_flops` count; less than 0 where those count what is not executed.
 
         Args:
             reuses: the loop takes over an earlier loop's choice (see Context).
             is_trained: the loop has a backward pass.
+            sees_all: attention sees everything all the same (see Context).
         """
         return 0.0
 

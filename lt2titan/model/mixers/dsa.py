@@ -213,23 +213,33 @@ class DSA(Mixer):
         }
 
     def attention_flops(self, seq_len: int, window: int | None) -> float:
-        n = min(self.top_k, seq_len)
-        return 4 * self.n_heads * self.head_dim * (n - n * n / (2 * seq_len))  # as a window of top_k tokens
+        return 4 * self.n_heads * self.head_dim * _mean_chosen(self.top_k, seq_len)
 
-    def selection_flops(self, seq_len: int, reuses: bool, is_trained: bool) -> float:
-        """Scores of all earlier keys, forward; where the indexer learns, those of the chosen ones again, and their
-        gradients for q^I and k^I. Its projections have no gradient for x, and none of it runs where a loop reuses."""
+    def selection_flops(self, seq_len: int, reuses: bool, is_trained: bool, sees_all: bool) -> float:
+        """Scores of all earlier keys, forward; where the indexer learns, those of the keys it learns from, and their
+        gradients for q^I and k^I. Its projections have no gradient for x, and none of it runs where a loop reuses.
+        What is computed again for its loss (attention's scores) is not counted, as nothing is that is recomputed."""
         n_parameters = sum(p.numel() for name, p in self.named_parameters() if self.learns_apart(name))
-        if reuses:
-            return -2.0 * n_parameters * (3 if is_trained else 1)
-        n, of_key = min(self.top_k, seq_len), 2.0 * self.n_index_heads * self.index_head_dim
-        flops = of_key * seq_len / 2 if self.top_k < seq_len else 0.0
+        n_passes = 3 if is_trained else 1
+        n_chosen = _mean_chosen(seq_len if sees_all else self.top_k, seq_len)
+        flops = 4.0 * self.n_heads * self.head_dim * (n_chosen - _mean_chosen(self.top_k, seq_len)) * n_passes
+        if reuses or (sees_all and not is_trained):
+            return flops - 2.0 * n_parameters * n_passes
+        of_key = 2.0 * self.n_index_heads * self.index_head_dim
+        if self.top_k < seq_len and not sees_all:
+            flops += of_key * seq_len / 2
         if is_trained:
-            flops += 3 * of_key * (n - n * n / (2 * seq_len)) - 2.0 * n_parameters
+            flops += 3 * of_key * n_chosen - 2.0 * n_parameters
         return flops
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.fill_(1.0 if name == "index_norm" else 0.0)
+
+
+def _mean_chosen(top_k: int, seq_len: int) -> float:
+    """Of a token of a sequence, on average: the causal triangle, cut off at top_k."""
+    n = min(top_k, seq_len)
+    return n - n * n / (2 * seq_len)
 
 
 def _slot(i: int) -> str:

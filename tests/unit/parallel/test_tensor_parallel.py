@@ -30,6 +30,7 @@ from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import (
     DeltaNetConfig,
+    DSAConfig,
     FullConfig,
     GDNConfig,
     GLAConfig,
@@ -65,6 +66,7 @@ MIXERS = MixersConfig(
     gdn=GDNConfig(n_heads=2, n_v_heads=4),
     kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5),
     rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
+    dsa=DSAConfig(n_heads=4, n_kv_heads=2, output_gate=True, top_k=3, n_index_heads=3, index_head_dim=6),
 )
 ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
 FOUR_HEADS = replace(
@@ -128,18 +130,24 @@ def rows(step: int) -> torch.Tensor:
 
 
 def loss_of(model: LT2, rows: torch.Tensor, packed: bool, **options: Any) -> torch.Tensor:
-    """Divided by the tokens of all ranks; with some targets that predict nothing."""
+    """The cross-entropy, with some targets that predict nothing, and the layers' own losses; divided by the tokens of
+    all ranks."""
+
+    def objective(tokens: torch.Tensor, targets: torch.Tensor, **packing: Any) -> torch.Tensor:
+        loss, auxiliary = model(tokens, targets=targets, with_auxiliary=True, **packing, **options)
+        return sum(auxiliary.values(), loss)
+
     tokens, targets = rows[:, :-1], rows[:, 1:].clone()
     targets[:, 3] = -100
     if packed:
         ends = torch.tensor([0, 5, 6, 17, 24], dtype=torch.int32)  # of two rows
         positions = torch.cat([torch.arange(int(n)) for n in ends.diff()]).view(2, LENGTH)
         losses = [
-            model(t, targets=y, positions=positions, cu_seqlens=ends, max_seqlen=LENGTH, **options)
+            objective(t, y, positions=positions, cu_seqlens=ends, max_seqlen=LENGTH)
             for t, y in zip(tokens.split(2), targets.split(2), strict=True)
         ]
         return torch.stack(losses).sum() / (4 * LENGTH)
-    return model(tokens, targets=targets, **options) / (4 * LENGTH)
+    return objective(tokens, targets) / (4 * LENGTH)
 
 
 def whole(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -199,12 +207,14 @@ def every_mixer() -> None:
     for name in MixersConfig.names():
         check_same(config(name), dims, packed=True)
     check_same(config("mamba2", mixers=ONE_GROUP), dims)
+    check_same(config("gdn", "dsa"), dims, options={"sees_all": True})
 
 
 def without_sequence_parallelism() -> None:
     dims = mesh(2)
     check_same(config("gdn", "full", tied=False), dims, sequence_parallel=False, packed=True)
     check_same(config("mamba2", "rwkv7", mixers=ONE_GROUP), dims, sequence_parallel=False)
+    check_same(config("gdn", "dsa"), dims, sequence_parallel=False, packed=True)
 
 
 def several_steps() -> None:
