@@ -17,6 +17,9 @@ from lt2titan.kernels.dsa.reference import document_starts
 CHUNK_NUMBERS = 1 << 26
 """Scores that exist at a time: 256 MB, whatever the length."""
 
+TILE = 64
+"""Queries, and keys, of a program that computes scores."""
+
 
 @triton.jit
 def _order_kernel(
@@ -148,13 +151,12 @@ def select(
     indices = torch.empty(batch, length, n_slots, dtype=torch.int32, device=q.device)
     chunk = max(1, min(length, CHUNK_NUMBERS // (batch * length)))
     keys = torch.empty(batch * chunk * length, dtype=torch.int32, device=q.device)
-    block = 64
     for first in range(0, length, chunk):
         n_rows = min(chunk, length - first)
         n_keys = first + n_rows
         # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
         if cu_seqlens is not None or n_keys > n_slots:
-            grid = (triton.cdiv(n_rows, block), triton.cdiv(n_keys, block), batch)
+            grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_keys, TILE), batch)
             _order_kernel[grid](
                 q,
                 k,
@@ -170,8 +172,8 @@ def select(
                 N_HEADS=n_heads,
                 WIDTH=width,
                 BLOCK_WIDTH=max(16, triton.next_power_of_2(width)),
-                BLOCK_Q=block,
-                BLOCK_K=block,
+                BLOCK_Q=TILE,
+                BLOCK_K=TILE,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=4,
             )

@@ -38,9 +38,10 @@ def test_the_weight_of_the_kl_changes_nothing_but_the_indexers(straight: Path, t
     heavy, without = metrics(straight)[:N_WARMUP], metrics(tmp_path)
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in heavy] == [r[key] for r in without], key
-    assert metrics(straight, "validation_loss")[0]["validation_loss"] == metrics(tmp_path, "validation_loss")[0][
-        "validation_loss"
-    ]
+    assert (
+        metrics(straight, "validation_loss")[0]["validation_loss"]
+        == metrics(tmp_path, "validation_loss")[0]["validation_loss"]
+    )
     assert [r["grad_norm/indexer"] for r in without] == [0.0] * N_WARMUP
     assert heavy[-1]["indexer_kl"] < without[-1]["indexer_kl"]
 

@@ -61,7 +61,7 @@ class DSA(Mixer):
         return {self.head_dim, self.index_head_dim}
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        q, k, v = self._heads(x, context)
+        q, k, v = self.heads(x, context)
         if state is not None:
             y, carry = self._continue(x, q, k, v, context, carry, state)
         else:
@@ -71,7 +71,7 @@ class DSA(Mixer):
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y), carry
 
-    def _heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, L, H, D), k and v (B, L, Hkv, D) of x (B, L, dim)."""
         tables = context.rotary[self.head_dim]
         q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
@@ -110,10 +110,10 @@ class DSA(Mixer):
             assert index is not None
             kl = dsa_indexer_kl(
                 *index,
-                self._all_heads(q, self.head_dim),
-                self._all_heads(k, self.head_dim),
+                self.of_all_ranks(q, self.head_dim),
+                self.of_all_ranks(k, self.head_dim),
                 indices=indices,
-                lse=None if lse is None else self._all_heads(lse),
+                lse=None if lse is None else self.of_all_ranks(lse),
                 cu_seqlens=context.cu_seqlens,
                 backend=self.backend,
             )
@@ -124,7 +124,7 @@ class DSA(Mixer):
     def _selection(self) -> dict[str, int]:
         return {"top_k": self.top_k, "forced_first": self.forced_first, "forced_local": self.forced_local}
 
-    def _all_heads(self, x: Tensor, width: int = 0) -> Tensor:
+    def of_all_ranks(self, x: Tensor, width: int = 0) -> Tensor:
         """Of every rank, without gradient: (B, L, H / n, ...) -> (B, L, H, ...), the last dimension ``width`` wide."""
         x = x.detach()
         if self.share.n_ranks == 1:

@@ -89,9 +89,11 @@ def test_the_cases_cover_what_breaks_kernels(operator: str) -> None:
     if operator == "gated_rms_norm":
         return
     assert any(1 in case.documents for case in cases)
+    assert any(case.decode for case in cases)
+    if operator in ("dsa", "dsa_select"):
+        return
     if operator != "attention":
         assert any(case.state for case in cases)
-    assert any(case.decode for case in cases)
     if operator not in ("attention", "short_convolution"):
         assert {case.decay for case in cases} == {"mixed", "near_one", "near_zero"}
         assert any(case.decode for case in cases) and any(case.sizes.H == 1 for case in cases)

@@ -75,7 +75,7 @@ def test_the_kl_is_that_of_every_visit_s_scores_and_attention(sees_all: bool) ->
     expected = torch.zeros((), dtype=torch.float64)
     for block, x, context in observer.visits:
         mixer = block.mixer
-        q, k, v = mixer._heads(x, context)
+        q, k, v = mixer.heads(x, context)
         scores = dsa_truth.scores(*mixer.index(x, context))
         seen = dsa_truth.seen_mask(TOKENS.shape[1])
         mask = seen.expand_as(scores) if sees_all else dsa_truth.chosen(scores, seen, mixer.top_k)
@@ -130,7 +130,7 @@ def test_only_loops_with_gradients_that_choose_are_learned_from(n_loops: int, n_
     for i, (block, x, context) in enumerate(observer.visits):
         assert context.reuses_selection == (i // 2 % 2 == 1)
         if i // 2 in learning:
-            q, k, v = block.mixer._heads(x, context)
+            q, k, v = block.mixer.heads(x, context)
             scores = dsa_truth.scores(*block.mixer.index(x, context))
             mask = dsa_truth.chosen(scores, dsa_truth.seen_mask(TOKENS.shape[1]), 5, True, 2)
             expected += dsa_truth.kl(scores, dsa_truth.attention(q, k, v, mask)[1], mask)
@@ -149,7 +149,7 @@ def test_loops_that_reuse_see_what_was_chosen_before() -> None:
     options = {"top_k": 5, "forced_first": True, "forced_local": 2, "backend": "reference"}
     chosen, not_chosen = (dsa_select(*block.mixer.index(y, context), **options) for y in (x, x_next))
     assert not torch.equal(chosen, not_chosen)
-    q, k, v = block.mixer._heads(x_next, context)
+    q, k, v = block.mixer.heads(x_next, context)
     want = block.mixer.o_proj(dsa_truth.attention(q, k, v, dsa_truth.as_mask(chosen))[0].flatten(-2))
     reusing = replace(context, reuses_selection=True)
     got, carry = block.mixer(x_next, reusing, {"dsa_selection_0": chosen})
