@@ -24,7 +24,9 @@ def test_every_operator_passes_on_this_device(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert torch.__version__ in result.stdout and report["versions"]["torch"] == torch.__version__
     assert {case["case"].split(",")[0] for case in report["cases"]} == set(OPERATORS)
-    assert all(0 < max(case["errors"].values()) < 2e-5 for case in report["cases"])
+    worst = {case["case"]: max(case["errors"].values()) for case in report["cases"]}
+    # Rounding differs wherever it is not whole numbers that are compared.
+    assert all(0 < error < 2e-5 or (name.startswith("dsa_select") and error == 0) for name, error in worst.items())
 
 
 def wrong(scale: float):  # an operator whose output is off by a factor
