@@ -13,7 +13,7 @@ class KernelsConfig:
     """Which implementation computes the operators."""
 
     backend: Literal["auto", "reference", "fla"] = "auto"
-    """Gated delta rule, short convolution and gated norm: 'fla' is flash-linear-attention's Triton kernels (CUDA),
+    """Recurrences, short convolution and gated norm: 'fla' is flash-linear-attention's Triton kernels (CUDA),
     'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on CUDA and the reference elsewhere."""
 
     def validate(self) -> None:

@@ -164,9 +164,15 @@ def operators(length: int, arguments: Arguments, device: torch.device) -> list[d
 
     index = (draw(J, E), draw(E), draw(J))
     q, k, v = draw(sizes.n_heads, width), draw(n_kv, width), draw(n_kv, width)
-    selection = {"top_k": sizes.top_k, "forced_first": sizes.forced_first, "forced_local": sizes.forced_local}
+
+    def select() -> Tensor:
+        forced_first, forced_local = sizes.forced_first, sizes.forced_local
+        return dsa_select(
+            *index, top_k=sizes.top_k, forced_first=forced_first, forced_local=forced_local, backend=backend
+        )
+
     with torch.no_grad():
-        indices = dsa_select(*index, **selection, backend=backend)
+        indices = select()
         o, lse = dsa_attention(q, k, v, indices, backend=backend)
     n_pairs, n_seen = float((indices >= 0).sum()), length * (length + 1) / 2
     of_key = 2 * n_kv * width * dtype.itemsize  # gathered for every pair, by all heads at once
@@ -176,7 +182,7 @@ def operators(length: int, arguments: Arguments, device: torch.device) -> list[d
     out, _ = dsa_attention(q, k, v, indices, backend=backend)
     jobs: dict[str, tuple[Callable[[], object], float, float]] = {
         # Scores are FLOPs; the keys that are chosen are written once.
-        "select": (lambda: dsa_select(*index, **selection, backend=backend), 4 * n_pairs, 2 * n_seen * J * E),
+        "select": (select, 4 * n_pairs, 2 * n_seen * J * E),
         "attention": (lambda: dsa_attention(q, k, v, indices, backend=backend), of_key * n_pairs + 2 * rows, flops),
         # Gradients of gathered keys are added in fp32.
         "attention backward": (

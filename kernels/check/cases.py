@@ -284,11 +284,22 @@ def _dsa_select(case: Case, packing: _Packing, backend: str) -> Built:
     top_k, local = options["top_k"], options["local"]
 
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        forced = {"forced_first": local > 0, "forced_local": local}
-        return (dsa_select(**x, top_k=top_k, **forced, cu_seqlens=packing.cu_seqlens, backend=backend).double(),)
+        selection = dsa_select(
+            x["index_q"],
+            x["index_k"],
+            x["w"],
+            top_k=top_k,
+            forced_first=local > 0,
+            forced_local=local,
+            cu_seqlens=packing.cu_seqlens,
+            backend=backend,
+        )
+        return (selection.double(),)
 
     def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        return (select_reference(*x.values(), packing.cu_seqlens, top_k, local > 0, local).double(),)
+        return (
+            select_reference(x["index_q"], x["index_k"], x["w"], packing.cu_seqlens, top_k, local > 0, local).double(),
+        )
 
     return Built({name: x.to(case.dtype) for name, x in index.items()}, run, define)
 

@@ -163,10 +163,10 @@ def kl_selected(
     """As `kl_reference.kl_selected_reference`."""
     index_q, index_k, w, q, k, indices, lse = (x.contiguous() for x in (index_q, index_k, w, q, k, indices, lse))
     batch, length, n_index, index_width = index_q.shape
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    kl, d_index_k = torch.empty(batch, length, **fp32), torch.zeros(index_k.shape, **fp32)
+    kl = torch.empty(batch, length, dtype=torch.float32, device=q.device)
+    d_index_k = torch.zeros(index_k.shape, dtype=torch.float32, device=q.device)
     d_index_q, dw = torch.empty_like(index_q), torch.empty_like(w)
-    d_scores = torch.empty(indices.shape if is_deterministic else (1,), **fp32)
+    d_scores = kl.new_empty(indices.shape if is_deterministic else (1,))
     index_sizes = {
         "N_INDEX": n_index,
         "INDEX_WIDTH": index_width,

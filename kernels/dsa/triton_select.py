@@ -116,7 +116,8 @@ def _select_kernel(
                 key = tl.load(key_row + places, mask=seen, other=0)
                 bits = key.to(tl.uint32, bitcast=True) ^ 0x80000000
                 if digit > 0:
-                    seen = seen & ((bits >> (shift + 8)) == (least.to(tl.uint32, bitcast=True) >> (shift + 8)))
+                    leading = least.to(tl.uint32, bitcast=True) >> (shift + 8)  # type: ignore[attr-defined]
+                    seen = seen & ((bits >> (shift + 8)) == leading)
                 value = ((bits >> shift) & 255).to(tl.int32)
                 counts += tl.histogram(value, 256, mask=seen)
             n_from = tl.cumsum(counts, axis=0, reverse=True)  # keys whose digit is at least this
@@ -186,8 +187,8 @@ def select(
             n_rows,
             n_keys,
             N_SLOTS=n_slots,
-            BLOCK=min(2048, max(128, triton.next_power_of_2(n_keys))),
+            BLOCK=min(2048, max(128, triton.next_power_of_2(length))),
             BLOCK_SLOTS=min(1024, triton.next_power_of_2(n_slots)),
-            num_warps=8 if n_keys >= 2048 else 4,
+            num_warps=8 if length >= 2048 else 4,
         )
     return indices

@@ -97,13 +97,19 @@ class DSA(Mixer):
         index = None if context.reuses_selection or (sees_all and not learns) else self.index(x, context)
         indices = lse = None
         if sees_all:
-            bounds = {"cu_seqlens": context.cu_seqlens, "max_seqlen": context.max_seqlen}
-            y = attention(q, k, v, **bounds, backend=self.backend)
+            y = attention(q, k, v, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen, backend=self.backend)
         else:
             if index is None:
                 indices = carry[_slot(0)]
             else:
-                indices = dsa_select(*index, **self._selection, cu_seqlens=context.cu_seqlens, backend=self.backend)
+                indices = dsa_select(
+                    *index,
+                    top_k=self.top_k,
+                    forced_first=self.forced_first,
+                    forced_local=self.forced_local,
+                    cu_seqlens=context.cu_seqlens,
+                    backend=self.backend,
+                )
             y, lse = dsa_attention(q, k, v, indices, backend=self.backend)
         carry = self._rotated(carry, indices)
         if learns:
@@ -119,10 +125,6 @@ class DSA(Mixer):
             )
             carry = {**carry, INDEXER_KL: carry[INDEXER_KL] + kl}
         return y, carry
-
-    @property
-    def _selection(self) -> dict[str, int]:
-        return {"top_k": self.top_k, "forced_first": self.forced_first, "forced_local": self.forced_local}
 
     def of_all_ranks(self, x: Tensor, width: int = 0) -> Tensor:
         """Of every rank, without gradient: (B, L, H / n, ...) -> (B, L, H, ...), the last dimension ``width`` wide."""

@@ -23,6 +23,7 @@ from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import DSAConfig, FullConfig, MixersConfig
 from lt2titan.model.mixers.dsa import DSA, INDEXER_KL
 from lt2titan.model.recompute import RecomputePlan
+from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.parallel.config.tensor_parallel import check_tensor_parallel
 
 TOKENS = torch.randint(0, 19, (2, 15), generator=torch.Generator().manual_seed(0))
@@ -53,6 +54,17 @@ def test_each_loss_trains_its_own_parameters(sees_all: bool) -> None:
             assert torch.equal(grad, once) and torch.equal(grad, twice), name
     loss = model(TOKENS, targets=TOKENS, sees_all=sees_all)
     assert torch.equal(loss, results[2][0])
+
+
+def test_the_indexers_gradients_are_clipped_by_their_own_norm() -> None:
+    model = build(ZOO["dsa+full"])
+    gradients = {"core.rho": 3.0, "norm.weight": 4.0, "core.blocks.0.mixer.index_q_proj.weight": 12.0}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.view(-1)[0] = gradients.get(name, 0.0)
+    assert [norm.item() for norm in clip_grad_norm(model, 1.0)] == pytest.approx([5, 3, 4, 12])
+    after = {name: p.grad.view(-1)[0].item() for name, p in model.named_parameters() if p.grad is not None}
+    assert [after[name] for name in gradients] == pytest.approx([0.6, 0.8, 1.0], rel=1e-5)
 
 
 class Inputs(LoopObserver):
