@@ -12,8 +12,9 @@ from lt2titan.kernels.dsa.reference import attend_reference, index_scores, query
 from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear, WholeLinear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
-from lt2titan.model.mixers.cache import DocumentRows, write
 from lt2titan.model.mixers.config import DSAConfig
+from lt2titan.model.mixers.full import write
+from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.shares import gather_last, local
 
 INDEXER_KL = "indexer_kl"
@@ -161,7 +162,7 @@ class DSA(Mixer):
         chosen = carry[_slot(0)] if context.reuses_selection else None
         tokens = {"q": q, "index_q": index_q, "w": w}
         new = {"k": k, "v": v, "index_k": index_k, "positions": context.positions}
-        rows = None if context.cu_seqlens is None else DocumentRows(context, q.shape[1])
+        rows = None if context.cu_seqlens is None else DocumentRows(context)
         if rows is not None:
             tokens = {name: rows.unpack(tensor) for name, tensor in tokens.items()}
             new = {name: rows.unpack(tensor, -1 if name == "positions" else 0) for name, tensor in new.items()}

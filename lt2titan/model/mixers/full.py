@@ -10,8 +10,8 @@ from lt2titan.model.attention_mass import first_token_mass
 from lt2titan.model.context import Carry, Context, apply_rotary
 from lt2titan.model.layers import Linear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
-from lt2titan.model.mixers.cache import DocumentRows, write
 from lt2titan.model.mixers.config import FullConfig, WindowConfig
+from lt2titan.model.mixers.rows import DocumentRows
 
 QUERY_BLOCK = 1024
 """New tokens whose scores are masked at a time when a decode state is continued: the mask never has L x L entries."""
@@ -92,16 +92,17 @@ class Full(Mixer):
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, context: Context, window: int, state: State) -> Tensor:
     """Attention of new tokens (B, L, ...) over those in ``state`` and themselves; then ``state`` holds them too.
 
-    Row b continues sequence b of the state; with packed documents (B is 1), document n continues sequence n. A window's
-    ring (see cache.py) is as long as the window, so it forgets what is out of sight; that of full attention has a slot
-    for every position.
+    Row b continues sequence b of the state; with packed documents (B is 1), document n continues sequence n.
+
+    The state is a ring: the token at position p stands in slot p mod capacity, and ``state["positions"]`` says which
+    position each slot holds (-1: none). A window's ring is as long as the window, so it forgets what is out of sight;
+    that of full attention has a slot for every position.
     """
-    positions = context.positions
     if context.cu_seqlens is None:
-        return _attend_rows(q, k, v, positions, window, state, has_gaps=False)
-    rows = DocumentRows(context, q.shape[1])
-    q, k, v, positions = rows.unpack(q), rows.unpack(k), rows.unpack(v), rows.unpack(positions, -1)
-    return rows.pack(_attend_rows(q, k, v, positions, window, state, has_gaps=True))
+        return _attend_rows(q, k, v, context.positions, window, state, has_gaps=False)
+    rows = DocumentRows(context)
+    q, k, v = (rows.unpack(x) for x in (q, k, v))
+    return rows.pack(_attend_rows(q, k, v, rows.unpack(context.positions, -1), window, state, has_gaps=True))
 
 
 def _attend_rows(
@@ -128,3 +129,18 @@ def _attend_rows(
     if not ring_is_all:
         write(state, new, has_gaps)
     return torch.cat(outputs, dim=1)
+
+
+def write(state: State, new: State, has_gaps: bool) -> None:
+    """Put the last tokens of each row into their slots; a gap's slot keeps what it holds."""
+    positions, capacity = new["positions"], state["positions"].shape[1]
+    n_columns = min(positions.shape[1], capacity)
+    to_end = torch.arange(n_columns - 1, -1, -1, device=positions.device)
+    slots = (positions[:, -1:] - to_end) % capacity  # consecutive, gaps included: no slot twice in a row
+    is_token = positions[:, -n_columns:] >= 0
+    for name, tensor in new.items():
+        tensor, trailing = tensor[:, -n_columns:], (1,) * (tensor.dim() - 2)
+        index = slots.view(*slots.shape, *trailing).expand_as(tensor)
+        if has_gaps:
+            tensor = torch.where(is_token.view(*slots.shape, *trailing), tensor, state[name].gather(1, index))
+        state[name].scatter_(1, index, tensor)
