@@ -6,7 +6,8 @@ comma := ,
 extras := dev$(if $(shell nvidia-smi --list-gpus 2>/dev/null),$(comma)gpu)
 
 # The GPU kernels in Triton's interpreter, which has to be switched on before anything imports triton.
-interpreted := TRITON_INTERPRET=1 $(python) -m pytest tests/unit/kernels/test_fla_interpreter.py tests/unit/kernels/test_fla_layers.py
+interpreted := TRITON_INTERPRET=1 $(python) -m pytest tests/unit/kernels/test_fla_interpreter.py tests/unit/kernels/test_fla_layers.py \
+	tests/unit/kernels/test_dsa_interpreter.py
 
 setup: .venv/installed
 

@@ -14,8 +14,8 @@ class KernelsConfig:
 
     backend: Literal["auto", "reference", "fla"] = "auto"
     """'fla' is Triton kernels (CUDA): flash-linear-attention's of recurrences, short convolution and gated norm, this
-    project's of native sparse attention. 'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on
-    CUDA and the reference elsewhere."""
+    project's of sparse attention. 'reference' is plain PyTorch (any device, slow on a GPU), 'auto' takes fla on CUDA
+    and the reference elsewhere."""
 
     def validate(self) -> None:
         known = ("auto", "reference", "fla")

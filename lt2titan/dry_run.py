@@ -75,7 +75,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)
         for is_last in (False, True) if plan.defers_reductions else (True,):
             set_gradient_sync(model, is_last)
-            loss, saved = _saved_bytes(model, lambda: model(tokens, targets=tokens))
+            loss, saved = _saved_bytes(model, lambda: objective(*model(tokens, targets=tokens, with_auxiliary=True)))
             loss.backward()
         reshard(model)
         clip_grad_norm(model, config.training.max_norm)
@@ -96,6 +96,10 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         "kept gradients": on_rank * 4 if plan.defers_reductions else 0,
         "saved activations": saved,
     }
+
+
+def objective(loss: Tensor, auxiliary: dict[str, Tensor]) -> Tensor:
+    return sum(auxiliary.values(), loss)
 
 
 def show_dry_run(config: JobConfig, world_size: int) -> None:

@@ -33,7 +33,9 @@ from lt2titan.metrics.record import TrainingRecord, ValidationRecord
 from lt2titan.metrics.throughput import Throughput
 from lt2titan.model.flops import count_parameters, training_flops_per_token
 from lt2titan.model.head import IGNORE_INDEX
+from lt2titan.model.indexer_schedule import IndexerSchedule
 from lt2titan.model.loop_schedule import LoopSchedule
+from lt2titan.model.mixers.dsa import INDEXER_KL
 from lt2titan.optim.clip import GradNorms, clip_grad_norm
 from lt2titan.optim.guard import NonFiniteGuard
 from lt2titan.optim.optimizer import build_optimizer
@@ -52,6 +54,7 @@ class StepResult(NamedTuple):
     """Of one optimizer step, on the device."""
 
     loss: Tensor  # mean over the valid tokens of all ranks
+    indexer_kl: Tensor  # mean over tokens, layers and loops with gradients; 0 without indexers
     grad_norms: GradNorms
     loops: LoopStatistics | None  # where this step is diagnosed
 
@@ -72,6 +75,7 @@ class Trainer:
         self.model, self.fsdp = build_model(config, self.dims, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loop_schedule = LoopSchedule(config.model.loop, config.model.n_loops, config.debug.seed)
+        self.indexers = IndexerSchedule(config.model)
         self.guard = NonFiniteGuard(config.training.max_skipped_steps, device)
         for warning in config.warnings() if self.is_main else []:
             logger.warning(warning)
@@ -144,6 +148,7 @@ class Trainer:
             batches[0],
             batches[1] if validation.enable else None,
             [(n, self.loop_schedule.backward_loops(n)) for n in self.loop_schedule.shares(config.training.steps)],
+            self.indexers.phases(self.step + 1, config.training.steps),
         )
         return watch
 
@@ -167,8 +172,11 @@ class Trainer:
     def _open_metrics(self) -> None:
         training, loops = self.config.training, self.loop_schedule
         self.flops_per_token = {
-            n: training_flops_per_token(self.model, training.seq_len, n, loops.backward_loops(n)).model
+            (n, sees_all): training_flops_per_token(
+                self.model, training.seq_len, n, loops.backward_loops(n), sees_all
+            ).model
             for n in range(1, self.config.model.n_loops + 1)
+            for sees_all in (False, True)
         }
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -179,10 +187,12 @@ class Trainer:
                 parameters.total / 1e6,
                 parameters.core / 1e6,
                 self.config.model.n_loops,
-                self.flops_per_token[self.config.model.n_loops],
+                self.flops_per_token[self.config.model.n_loops, False],
             )
             _, horizon = self.config.schedule
             logger.info("%s", loops.describe(horizon))
+            if self.indexers.is_needed:
+                logger.info("%s", self.indexers.describe())
             if self.config.job.print_config:
                 logger.info("resolved configuration:\n%s", self.config_text)
         self.metrics = MetricsLogger(
@@ -266,40 +276,51 @@ class Trainer:
         self.step += 1
         n_loops = self.loop_schedule.loops(self.step)
         n_backward_loops = self.loop_schedule.backward_loops(n_loops)
+        sees_all = self.indexers.sees_all(self.step)
         with phase("count"):
             n_valid = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in microbatches]).sum()
             n_valid = n_valid.to(self.device, non_blocking=True)
             dist.all_reduce(n_valid, group=self.dims.loss_group)
-        total = torch.zeros((), device=self.device)
+        n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size * self.dims.context
+        total, indexer_kl = totals = torch.zeros(2, device=self.device)
         is_diagnosed = self.config.metrics.loop_diagnostics and self.metrics.should_log(self.step)
         loops = LoopStatistics(self.config.model.n_loops, self.device) if is_diagnosed else None
         for i, batch in enumerate(microbatches, start=1):
             if self.fsdp.defers_reductions:
                 set_gradient_sync(self.model, i == len(microbatches))
             with phase("forward"), self.model.core.observed_by(loops):
-                loss = self.model(
-                    **model_inputs(batch, self.device), n_loops=n_loops, n_backward_loops=n_backward_loops
+                loss, auxiliary = self.model(
+                    **model_inputs(batch, self.device),
+                    n_loops=n_loops,
+                    n_backward_loops=n_backward_loops,
+                    sees_all=sees_all,
+                    with_auxiliary=True,
                 )
                 loss = loss / n_valid.clamp(min=1)
+                objective = loss
+                if (kl := auxiliary.get(INDEXER_KL)) is not None:
+                    # A loss of the indexers' own: no other parameter gets a gradient from it, nor they from the loss.
+                    objective = loss + self.indexers.objective(kl, n_tokens)
+                    indexer_kl += kl.detach() / n_tokens
             with phase("backward"):
-                loss.backward()
+                objective.backward()
             total += loss.detach()
         with phase("clip"):
             reshard(self.model)
-            dist.all_reduce(total, group=self.dims.loss_group)
+            dist.all_reduce(totals, group=self.dims.loss_group)
+            indexer_kl /= max(self.indexers.n_visits(n_loops, n_backward_loops), 1)
             grad_norms = clip_grad_norm(self.model, self.config.training.max_norm)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with phase("optimizer"):
-            self.guard.step(self.optimizer, total, grad_norms.total)
+            self.guard.step(self.optimizer, totals.sum(), grad_norms.total + grad_norms.apart)
             self.optimizer.zero_grad()
             self._update_float8_scales()
 
-        n_tokens = sum(batch.tokens.numel() for batch in microbatches) * self.dims.dp_size * self.dims.context
         self.tokens_seen += n_tokens
-        self.throughput.add_step(n_tokens, self.flops_per_token[n_loops])
-        return StepResult(total, grad_norms, loops)
+        self.throughput.add_step(n_tokens, self.flops_per_token[n_loops, sees_all])
+        return StepResult(total, indexer_kl, grad_norms, loops)
 
     def _update_float8_scales(self) -> None:
         if self.config.float8.recipe == "tensorwise":
@@ -320,10 +341,12 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         n_skipped, _ = self.guard.counts()
         self.last_loss = result.loss.item()
-        grad_norm, core, rest = torch.stack(result.grad_norms).tolist()
+        grad_norm, core, rest, apart = torch.stack(result.grad_norms).tolist()
         extra = {}
+        if self.indexers.is_needed:
+            extra = {"indexer_kl": result.indexer_kl.item(), "grad_norm/indexer": apart}
         if result.loops is not None:
-            extra = {"grad_norm/core": core, "grad_norm/rest": rest, **result.loops.figures()}
+            extra |= {"grad_norm/core": core, "grad_norm/rest": rest, **result.loops.figures()}
         sample = self.throughput.measure()
         self.metrics.log(
             TrainingRecord(
@@ -346,15 +369,21 @@ class Trainer:
     def validate(self) -> Evaluation:
         """Loss and bits per byte of the held-out text, and what each loop makes of its first rows, into the metrics."""
         assert self.validation_loader is not None  # only called when validation.enable
+        sees_all = self.indexers.sees_all(self.step)
         evaluation = evaluate(
-            self.model, self.validation_loader, self.device, self.config.validation.loops, self.dims.loss_group
+            self.model,
+            self.validation_loader,
+            self.device,
+            self.config.validation.loops,
+            self.dims.loss_group,
+            sees_all,
         )
         extra = {f"validation_loss/loops_{n}": loss for n, loss in evaluation.loss_at.items()}
         if self.config.metrics.loop_diagnostics:
             rows = (self.config.validation.local_batch_size or self.local_batch_size) * self.dims.dp_size
             first_batches = islice(self.validation_loader, math.ceil(SLICE_ROWS / rows))
             with kept_gathered(self.model, self.fsdp.loop_reshard):
-                extra |= validation_diagnostics(self.model, first_batches, self.device)
+                extra |= validation_diagnostics(self.model, first_batches, self.device, sees_all)
         reshard(self.model)
         self.last_evaluation = evaluation
         self.metrics.log(

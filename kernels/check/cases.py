@@ -20,11 +20,15 @@ from lt2titan.kernels.check.other_operators import (
     attention_inputs,
     chosen_mass,
     convolution_inputs,
+    dsa_definition,
+    dsa_inputs,
     norm_inputs,
     nsa_definition,
     nsa_probabilities,
 )
 from lt2titan.kernels.check.recurrences import RECURRENCES, Decay, Draw, Sizes
+from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select
+from lt2titan.kernels.dsa.reference import select_reference
 from lt2titan.kernels.gated_rms_norm import gated_rms_norm
 from lt2titan.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from lt2titan.kernels.nsa import block_layout, compress, compressed_attention, select_blocks, selected_attention
@@ -301,11 +305,67 @@ def _nsa(case: Case, packing: _Packing, backend: str) -> Built:
     return Built(inputs, run, define, ("output", "chosen_mass"))
 
 
+def _dsa(case: Case, packing: _Packing, backend: str) -> Built:
+    """Attention over what the operator itself selects, and the indexer's KL over that, or over all keys.
+
+    Where scores round, another selection can be as good: the definition gets the operator's. That a selection is the
+    right one is `_dsa_select`'s matter.
+    """
+    options = dict(case.options)
+    top_k, is_dense = options.pop("top_k"), options.pop("learn_all", False)
+    inputs = {name: x.to(case.dtype) for name, x in dsa_inputs(packing.batch, packing.length, **options).items()}
+    chosen: list[Tensor] = []
+
+    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        index, tokens, bounds = (x["index_q"], x["index_k"], x["w"]), (x["q"], x["k"], x["v"]), packing.cu_seqlens
+        selection = dsa_select(*index, top_k=top_k, forced_first=True, cu_seqlens=bounds, backend=backend)
+        o, lse = dsa_attention(*tokens, selection, backend=backend)
+        learned = {"cu_seqlens": bounds} if is_dense else {"indices": selection, "lse": lse}
+        chosen.append(selection)
+        return o, dsa_indexer_kl(*index, x["q"], x["k"], **learned, backend=backend)
+
+    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        return dsa_definition(**x, indices=chosen[0], documents=case.documents, is_dense=is_dense)
+
+    return Built(inputs, run, define)
+
+
+def _dsa_select(case: Case, packing: _Packing, backend: str) -> Built:
+    """Selections by scores that are exact in any dtype, and mostly tied: those of small whole numbers."""
+    options = case.options
+    inputs = dsa_inputs(packing.batch, packing.length, H=1, HV=1, K=1, J=options["J"], E=options["E"])
+    index = {name: inputs[name].sign() * (inputs[name].abs() > 1) for name in ("index_q", "index_k")}
+    index["w"] = inputs["w"].sign()
+    top_k, local = options["top_k"], options["local"]
+
+    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        selection = dsa_select(
+            x["index_q"],
+            x["index_k"],
+            x["w"],
+            top_k=top_k,
+            forced_first=local > 0,
+            forced_local=local,
+            cu_seqlens=packing.cu_seqlens,
+            backend=backend,
+        )
+        return (selection.double(),)
+
+    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        return (
+            select_reference(x["index_q"], x["index_k"], x["w"], packing.cu_seqlens, top_k, local > 0, local).double(),
+        )
+
+    return Built({name: x.to(case.dtype) for name, x in index.items()}, run, define)
+
+
 _BUILD: dict[str, Callable[[Case, _Packing, str], Built]] = {
     "attention": _attention,
     "nsa": _nsa,
     "short_convolution": _short_convolution,
     "gated_rms_norm": _gated_rms_norm,
+    "dsa": _dsa,
+    "dsa_select": _dsa_select,
 }
 OPERATORS = [*RECURRENCES, *_BUILD]
 DOCUMENTS = (1, 64, 130, 7, 65, 1, 0, 0)
@@ -334,6 +394,25 @@ def cases_of(operator: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
         ):
             options = {"H": heads, "D": width, "activation": activation}
             yield Case(operator, dtype, what, batch=batch, length=length, options=options)
+    elif operator == "dsa":
+        one_key: dict[str, Any] = {"H": 16, "HV": 1, "K": 128, "J": 8, "E": 64}
+        grouped: dict[str, Any] = {"H": 6, "HV": 2, "K": 48, "J": 3, "E": 24}
+        yield Case(operator, dtype, "one key head", batch=2, length=197, options={**one_key, "top_k": 96})
+        yield Case(operator, dtype, "packed, odd widths", documents=DOCUMENTS, options={**grouped, "top_k": 40})
+        yield Case(operator, dtype, "one token", length=1, decode=True, options={**grouped, "top_k": 4})
+        yield Case(operator, dtype, "all keys", length=197, options={**one_key, "top_k": 256})
+        learn_all = {"top_k": 40, "learn_all": True}
+        yield Case(operator, dtype, "KL over all keys", batch=2, length=197, options=one_key | learn_all)
+        yield Case(operator, dtype, "KL over all keys, packed", documents=DOCUMENTS, options=grouped | learn_all)
+    elif operator == "dsa_select":
+        wide, odd = {"J": 8, "E": 64}, {"J": 3, "E": 24}
+        for what, top_k, local in (("ties", 40, 0), ("ties, forced tokens", 70, 9)):
+            options = {"top_k": top_k, "local": local}
+            yield Case(operator, dtype, what, batch=2, length=397, decode=True, options=options | wide)
+            yield Case(operator, dtype, f"{what}, packed", documents=DOCUMENTS, decode=True, options=options | odd)
+        options = {"top_k": 2048, "local": 64}
+        yield Case(operator, dtype, "one token", length=1, decode=True, options={"top_k": 4, "local": 2} | odd)
+        yield Case(operator, dtype, "ties, long", length=5000, decode=True, options=options | wide)
     else:
         yield from _recurrence_cases(operator, dtype)
 

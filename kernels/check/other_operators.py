@@ -114,3 +114,43 @@ def _compressed_weights(q: Tensor, k: Tensor, block_size: int, documents: Sequen
             weights = weights.slice_scatter(rows, 2, first, first + length)
         first += length
     return weights
+
+
+def dsa_inputs(batch: int, length: int, *, H: int, HV: int, K: int, J: int, E: int) -> dict[str, Tensor]:
+    """H query heads on HV key heads of width K; J index heads of width E on one index key."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"index_q": (J, E), "index_k": (E,), "w": (J,), "q": (H, K), "k": (HV, K), "v": (HV, K)}
+    inputs = {name: _normal(generator, batch, length, *shape) for name, shape in shapes.items()}
+    inputs["w"] *= (J * E) ** -0.5
+    return inputs
+
+
+def dsa_definition(
+    index_q: Tensor,
+    index_k: Tensor,
+    w: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    indices: Tensor,
+    documents: Sequence[int],
+    is_dense: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, L, H, D) to the selected keys, and the KL () over them or over all, with (B, H, L, L) tensors."""
+    n_groups, length = q.shape[2] // k.shape[2], q.shape[1]
+    k, v = k.repeat_interleave(n_groups, dim=2), v.repeat_interleave(n_groups, dim=2)
+    products = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    learned = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=q.device)
+    learned = learned.scatter(2, torch.where(indices < 0, length, indices).long(), True)[..., :length]
+    p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
+    o = torch.einsum("bhij,bjhd->bihd", p, v)
+    if is_dense:
+        learned = torch.zeros_like(learned)
+        for start, end in pairwise([0, *accumulate(documents)] if documents else [0, length]):
+            learned[:, start:end, start:end] = torch.ones(end - start, end - start, device=q.device).tril().bool()
+        p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
+    scores = torch.einsum("bij,bijs->bis", w, torch.einsum("bije,bse->bijs", index_q, index_k).relu())
+    log_q = scores.masked_fill(~learned, -torch.inf).log_softmax(dim=-1)[learned]
+    target = p.detach().mean(dim=1)[learned]
+    return o, (torch.special.xlogy(target, target) - target * log_q).sum()

@@ -34,12 +34,14 @@ def evaluate(
     device: torch.device,
     loops: Collection[int] = (),
     group: dist.ProcessGroup | None = None,
+    sees_all: bool = False,
 ) -> Evaluation:
     """Mean over every valid target of ``batches`` on all ranks; each rank must bring as many batches.
 
     Args:
         loops: numbers of loops whose losses are wanted too.
         group: ranks that see different tokens; None for all processes.
+        sees_all: as in `LT2.forward`.
 
     Raises:
         ValueError: there is no target at all, or a number of loops that the model does not have.
@@ -51,7 +53,7 @@ def evaluate(
     for batch in batches:
         exits = _Exits(model, batch.targets.to(device), {n for n in loops if n < n_loops})
         with model.core.observed_by(exits if exits.loops else None):
-            nats = model(**model_inputs(batch, device))
+            nats = model(**model_inputs(batch, device), sees_all=sees_all)
         n_tokens = (batch.targets != IGNORE_INDEX).sum()
         totals[:3] += torch.stack([nats.double(), n_tokens.to(device).double(), batch.n_bytes.to(device).double()])
         totals[3:] += exits.nats

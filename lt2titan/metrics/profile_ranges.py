@@ -51,7 +51,7 @@ class LoopRanges(LoopObserver):
         self._observer, self._core.observer = self._core.observer, self
         self._open_loop(0)
 
-    def _leave_core(self, core: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> None:
+    def _leave_core(self, core: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         while self._open:  # after an error
             self._close()
         self._core.observer, self._observer = self._observer, None

@@ -5,6 +5,14 @@ Figures that come in families are named ``family/member``. With validation.loops
     validation, over the whole text:
         validation_loss/loops_n nats per token of the model that runs n loops
 
+of models with indexers (mixers/dsa.py):
+
+    training:
+        indexer_kl              KL of the indexers' softmax from the attention distribution, nats: mean over tokens,
+                                layers and loops (those with gradients that choose); what the indexers learn from is
+                                kl_weight times its sum over layers and loops
+        grad_norm/indexer       L2 norm before clipping of the indexers' gradients, which grad_norm leaves out
+
 and with metrics.loop_diagnostics, for t = 1..T (while training, T is that of the step: ``loops``):
 
     training, over all tokens of the step:
@@ -16,6 +24,8 @@ and with metrics.loop_diagnostics, for t = 1..T (while training, T is that of th
     validation, over the first rows of the text (the last loop's exit loss is theirs, not validation_loss):
         exit_loss/loop_t        nats per token when final norm and head read h(t) (logit lens)
         first_token_mass/loop_t mean attention probability on the document's first token, see model/attention_mass.py
+        selection_recall/loop_t share of the attention probability that top_k keys can have, that the chosen ones have
+        selection_overlap/loop_t share of the chosen keys that the loop before chose too; both: see model/selection.py
 """
 
 from __future__ import annotations

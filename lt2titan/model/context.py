@@ -26,6 +26,8 @@ class Context:
     window: attention window of softmax layers in this loop; None leaves each mixer its own, 0 is full.
     stretch: where these are parts of rows, whose earlier and later tokens lie on other ranks; None: they are all.
     key_blocks: where blocks of keys lie, for each block size that a mixer uses; empty with a decode state.
+    sees_all: layers that choose what attention sees see everything, for their choice is still to be learned.
+    reuses_selection: they see in this loop what they chose in an earlier one.
     """
 
     positions: Tensor
@@ -36,6 +38,8 @@ class Context:
     window: int | None = None
     stretch: Stretch | None = None
     key_blocks: dict[int, BlockLayout] = field(default_factory=dict)
+    sees_all: bool = False
+    reuses_selection: bool = False
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

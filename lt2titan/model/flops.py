@@ -42,17 +42,20 @@ def count_parameters(model: LT2) -> ParameterCount:
     )
 
 
-def training_flops_per_token(model: LT2, seq_len: int, n_loops: int = 0, n_backward_loops: int = 0) -> Flops:
+def training_flops_per_token(
+    model: LT2, seq_len: int, n_loops: int = 0, n_backward_loops: int = 0, sees_all: bool = False
+) -> Flops:
     """FLOPs that one training step executes per token, averaged over a sequence of ``seq_len``.
 
     6 (2 forward, 4 backward) for each parameter of the blocks in every loop and of the head; for each softmax layer
-    executed, both products with the tokens it sees (causal, inside its window of that loop) three times over. Loops
-    without gradients are their forward alone, a third of that. Left out: the embedding's look-up, recomputation, norms
-    and gates outside of matrices, rho.
+    executed, both products with the tokens it sees (causal, inside its window of that loop, or chosen) three times
+    over, and what choosing them takes. Loops without gradients are their forward alone, a third of that. Left out: the
+    embedding's look-up, recomputation, norms and gates outside of matrices, rho.
 
     Args:
         n_loops: executed loops; 0 means all that were built.
         n_backward_loops: gradients pass through this many of the last; 0 means through all.
+        sees_all: as in `LT2.forward`.
     """
     core = model.core
     n_loops = n_loops or core.n_loops
@@ -63,6 +66,7 @@ def training_flops_per_token(model: LT2, seq_len: int, n_loops: int = 0, n_backw
         for block in core.blocks:
             matrices += n_passes * 2.0 * _size(block)
             attention += n_passes * block.mixer.attention_flops(seq_len, core.window(loop))
+            attention += block.mixer.selection_flops(seq_len, core.reuses_selection(loop), n_passes == 3, sees_all)
             recurrence += n_passes * block.mixer.recurrence_flops()
     return Flops(matrices + attention, recurrence)
 

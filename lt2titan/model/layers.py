@@ -22,6 +22,14 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
 
+class WholeLinear(Linear):
+    """A linear map that tensor-parallel ranks all have whole and apply to the same tokens, so that each finds the whole
+    gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight, is_summed=False))
+
+
 class Embedding(nn.Embedding):
     """Rows of a table; where its rows are split over ranks, this rank's share of them, to be summed."""
 

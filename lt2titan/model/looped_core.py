@@ -46,6 +46,7 @@ class LoopedCore(nn.Module):
         self.n_loops = config.n_loops
         self.windows = [0 if w == FULL_WINDOW else w for w in config.loop.windows]
         kinds = config.layer_mixers
+        self.reuse_every = config.mixers.dsa.reuse_every if "dsa" in kinds else 1
         blocks = nn.ModuleList(Block(config, kind, kinds.index(kind) == i, backend) for i, kind in enumerate(kinds))
         self.blocks: list[Block] = blocks  # type: ignore[assignment]  # a ModuleList cannot name what it holds
         self.rho = nn.Parameter(torch.empty(config.n_loops, config.dim)) if config.loop.residual_gate else None
@@ -59,6 +60,10 @@ class LoopedCore(nn.Module):
         """Attention window of softmax layers in a loop: 0 is full, None is each mixer's own."""
         return self.windows[loop] if self.windows else None
 
+    def reuses_selection(self, loop: int) -> bool:
+        """Whether what a loop's layers see was chosen in an earlier loop."""
+        return loop % self.reuse_every > 0
+
     def residual_gate(self, loop: int) -> Tensor | None:
         """rho (dim,) of a loop, None without."""
         return None if self.rho is None else local(self.rho, is_summed=not self.sees_all_tokens)[loop]
@@ -70,8 +75,8 @@ class LoopedCore(nn.Module):
         states: Sequence[Sequence[State]] | None = None,
         n_loops: int = 0,
         n_backward_loops: int = 0,
-    ) -> Tensor:
-        """h (B, L, dim) -> (B, L, dim); ``states[loop][layer]`` when decoding.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """h (B, L, dim) -> (B, L, dim), and the layers' own losses () by name; ``states[loop][layer]`` when decoding.
 
         Args:
             n_loops: passes over the blocks, which use the first rows of rho; 0 means all that were built.
@@ -103,7 +108,8 @@ class LoopedCore(nn.Module):
             if self.observer is not None:
                 with torch.no_grad():
                     self.observer.after_loop(loop, previous, h, self.residual_gate(loop))
-        return h
+        losses = {name: carry[name].squeeze(0) for block in self.blocks for name in block.mixer.auxiliary_losses}
+        return h, losses
 
     def _apply_loop(
         self,
@@ -115,7 +121,7 @@ class LoopedCore(nn.Module):
         carry: Carry,
     ) -> tuple[Tensor, Carry]:
         """One pass over the blocks and the residual gate."""
-        context = replace(context, window=self.window(loop))
+        context = replace(context, window=self.window(loop), reuses_selection=self.reuses_selection(loop))
         previous = h
         for layer, block in enumerate(self.blocks):
             x = h

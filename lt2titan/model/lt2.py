@@ -61,7 +61,9 @@ class LT2(nn.Module):
         logits_at: Tensor | None = None,
         n_loops: int = 0,
         n_backward_loops: int = 0,
-    ) -> Tensor:
+        sees_all: bool = False,
+        with_auxiliary: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, L, vocab), or (M, vocab) of chosen tokens, or with ``targets`` the summed cross-entropy.
 
         The cross-entropy is a scalar, in nats. Under context parallelism everything is this rank's part of the rows.
@@ -83,6 +85,9 @@ class LT2(nn.Module):
             logits_at: (M,) int64, places in the flattened tokens (B x L): of these alone logits are wanted.
             n_loops: passes over the blocks, at most config.n_loops; 0 means all of them. Not with state.
             n_backward_loops: gradients pass through this many of the last loops; 0 means through all.
+            sees_all: attention that chooses what it sees does not yet, see Context.
+            with_auxiliary: also return the losses that layers have of their own, summed over everything, by name (see
+                `Mixer.auxiliary_losses`). They are no part of the cross-entropy; only where there are gradients.
 
         Raises:
             ValueError: state does not fit the call or has no room for its tokens; it is left as it was.
@@ -108,21 +113,23 @@ class LT2(nn.Module):
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
         max_seqlen = (max_seqlen or shape[1]) * self.stretches.n_ranks
-        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch)
+        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch, sees_all=sees_all)
         if state is None:
             sizes = {block.mixer.key_block_size for block in self.core.blocks} - {0}
             batch, length = positions.shape
             layouts = {size: block_layout(batch, length, size, cu_seqlens, tokens.device) for size in sorted(sizes)}
             context = replace(context, key_blocks=layouts)
-        h = self.core(
+        h, auxiliary = self.core(
             self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops
         )
         h = self.norm(h)
         if targets is not None:
-            return loss_sum(h, self.head_weight, targets.reshape(tokens.shape), self.chunk_loss)
-        if logits_at is not None:
-            return logits(h.flatten(0, 1)[logits_at], self.head_weight)
-        return logits(h, self.head_weight).view(*shape, -1)
+            output = loss_sum(h, self.head_weight, targets.reshape(tokens.shape), self.chunk_loss)
+        elif logits_at is not None:
+            output = logits(h.flatten(0, 1)[logits_at], self.head_weight)
+        else:
+            output = logits(h, self.head_weight).view(*shape, -1)
+        return (output, auxiliary) if with_auxiliary else output
 
     def _check_loops(self, n_loops: int, n_backward_loops: int, state: DecodeState | None) -> None:
         most = self.config.n_loops
@@ -158,4 +165,4 @@ class LT2(nn.Module):
             raise ValueError("a decode state is updated in place, which gradients cannot follow: use torch.no_grad()")
 
     def _rotary_dims(self) -> Iterator[int]:
-        return (block.mixer.rotary_dim for block in self.core.blocks if block.mixer.rotary_dim)
+        return (width for block in self.core.blocks for width in block.mixer.rotary_dims)

@@ -34,6 +34,7 @@ from lt2titan.model.block import Block
 from lt2titan.model.context import Carry, Context, rotary_tables
 from lt2titan.model.looped_core import LoopedCore
 from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.recompute import RecomputePlan
 from lt2titan.model.shares import Share
@@ -157,7 +158,7 @@ def core_memory(
     with FakeTensorMode(), nullcontext() if is_compiled else torch.compiler.set_stance("force_eager"):
         shape = (1, batch_size * length) if n_documents else (batch_size, length)
         positions = torch.zeros(shape, dtype=torch.int64)
-        widths = {block.mixer.rotary_dim for block in core.blocks} - {0}
+        widths = {width for block in core.blocks for width in block.mixer.rotary_dims}
         rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
         cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
         sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
@@ -191,11 +192,12 @@ def _visit(
     known: dict[Any, BlockMemory],
     measure: Callable[..., BlockMemory],
 ) -> BlockMemory:
-    block, window = core.blocks[layer], core.window(loop)
+    block, window, reuses = core.blocks[layer], core.window(loop), core.reuses_selection(loop)
     shapes = tuple((name, p.shape) for name, p in block.named_parameters())
-    key = (type(block.mixer), shapes, window if isinstance(block.mixer, Full) else None)
+    way = window if isinstance(block.mixer, Full) else reuses if isinstance(block.mixer, DSA) else None
+    key = (type(block.mixer), shapes, way)
     if key not in known:
-        known[key] = measure(block, h, replace(context, window=window), carry)
+        known[key] = measure(block, h, replace(context, window=window, reuses_selection=reuses), carry)
     return known[key]
 
 

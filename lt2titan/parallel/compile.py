@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 
 from lt2titan.model.head import chunk_loss_sum
 from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
 from lt2titan.parallel.fsdp import reshard
 
@@ -73,10 +74,11 @@ def apply_compile(model: LT2, backend: str) -> None:
 
 
 def _n_kinds_and_windows(model: LT2) -> int:
-    """Kinds of blocks, softmax ones times the windows that they are given; a kind is a mixer and its parameters."""
-    windows = _windows(model)
+    """Kinds of blocks, softmax ones times the windows that they are given, those that choose what they see times the
+    ways to (everything or the chosen, and these anew or from an earlier loop); a kind is a mixer and its parameters."""
+    n_windows, n_ways = len(_windows(model)), 4 if model.core.reuse_every > 1 else 2
     kinds = {(type(block.mixer), _shapes(block)) for block in model.core.blocks}
-    return sum(len(windows) if issubclass(mixer, Full) else 1 for mixer, _ in kinds)
+    return sum(n_windows if issubclass(mixer, Full) else n_ways if mixer is DSA else 1 for mixer, _ in kinds)
 
 
 def _windows(model: LT2) -> set[int | None]:
@@ -110,6 +112,7 @@ class RecompileWatch:
         training: dict[str, Any],
         validation: dict[str, Any] | None,
         loops: Collection[tuple[int, int]],
+        phases: Sequence[bool] = (False,),
     ) -> None:
         """Run forward and backward passes that leave no trace but graphs, and log how long it took.
 
@@ -120,13 +123,17 @@ class RecompileWatch:
             validation: the same of a validation batch; None if there is no validation.
             loops: (n_loops, n_backward_loops) of the steps to come. The most loops need all graphs, except where
                 softmax layers have another window in each loop: then all of them run.
+            phases: values of sees_all (see LT2.forward) in the steps and validations to come.
         """
         start, n_before = time.perf_counter(), _n_graphs()
-        for n_loops, n_backward_loops in sorted(loops) if len(_windows(model)) > 1 else [max(loops)]:
-            model(**training, n_loops=n_loops, n_backward_loops=n_backward_loops).backward()
-        if validation is not None:
-            with torch.no_grad():
-                model(**validation)
+        for sees_all in phases:
+            options = {"sees_all": sees_all, "with_auxiliary": True}
+            for n_loops, n_backward_loops in sorted(loops) if len(_windows(model)) > 1 else [max(loops)]:
+                loss, auxiliary = model(**training, n_loops=n_loops, n_backward_loops=n_backward_loops, **options)
+                sum(auxiliary.values(), loss).backward()
+            if validation is not None:
+                with torch.no_grad():
+                    model(**validation, sees_all=sees_all)
         reshard(model)
         model.zero_grad()
         if torch.cuda.is_available():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lt2titan.config.section import ConfigError
-from lt2titan.model.layers import Linear
+from lt2titan.model.layers import Linear, WholeLinear
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.config.float8 import Float8Config
 
@@ -148,6 +148,8 @@ def _qualifying(model: LT2, plan: Float8Plan, n_tensor: int) -> Iterator[tuple[s
     multiple = MULTIPLE * n_tensor  # of a side that is split, and it is not known here which will be
     for name, module in model.named_modules():
         if not isinstance(module, Linear) or not name.startswith("core."):
+            continue
+        if isinstance(module, WholeLinear):  # indexers, whose scores are compared with each other
             continue
         if any(part in name for part in plan.filter_fqns):
             continue

@@ -29,6 +29,7 @@ class Common(NamedTuple):
     norm_eps: float
     is_first: bool  # of its kind in the physical stack
     backend: str  # of the operators, "reference" or "fla"
+    n_alike: int = 1  # layers of its kind in the physical stack
 
 
 class Mixer(nn.Module):
@@ -39,6 +40,15 @@ class Mixer(nn.Module):
 
     key_block_size: int = 0
     """Tokens in the blocks of keys whose layout it needs in the context; 0 for none."""
+
+    @property
+    def rotary_dims(self) -> set[int]:
+        """All of them."""
+        return {self.rotary_dim} - {0}
+
+    auxiliary_losses: tuple[str, ...] = ()
+    """Names in the carry of losses that such layers add theirs to: (1,), since torch.compile would take an fp64 scalar
+    for a number of Python's; summed over tokens, layers and the loops that have gradients."""
 
     share = Share()
     """Of the heads, which this rank computes; set by parallel/tensor_parallel.py."""
@@ -52,6 +62,10 @@ class Mixer(nn.Module):
         whole on every rank. The mixer's output is then a summand: ranks split the columns of the output projection."""
         raise NotImplementedError
 
+    def learns_apart(self, name: str) -> bool:
+        """Whether an auxiliary loss, and nothing else, trains the parameter ``name``."""
+        return False
+
     def initial_carry(self, x: Tensor, context: Context) -> Carry:
         """What this mixer reads from the carry, for hidden states x, before any layer has written it."""
         return {}
@@ -62,6 +76,17 @@ class Mixer(nn.Module):
 
     def attention_flops(self, seq_len: int, window: int | None) -> float:
         """Forward FLOPs per token of products between tokens that model FLOPs count (softmax attention)."""
+        return 0.0
+
+    def selection_flops(self, seq_len: int, reuses: bool, is_trained: bool, sees_all: bool) -> float:
+        """FLOPs per token, forward and backward, of choosing what attention sees, and of learning to, beyond what
+        parameters and `attention_flops` count; less than 0 where those count what is not executed.
+
+        Args:
+            reuses: the loop takes over an earlier loop's choice (see Context).
+            is_trained: the loop has a backward pass.
+            sees_all: attention sees everything all the same (see Context).
+        """
         return 0.0
 
     def recurrence_flops(self) -> float:

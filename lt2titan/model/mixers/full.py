@@ -129,7 +129,7 @@ def _attend_rows(
     length = q.shape[1]
     ring_is_all = length == 1 or not window  # then what a new token replaces is out of its sight
     if ring_is_all:
-        _write(state, new, has_gaps)
+        write(state, new, has_gaps)
     outputs = []
     for start in range(0, length, QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
@@ -143,11 +143,11 @@ def _attend_rows(
             mask &= distance < window
         outputs.append(masked_attention(q[:, block], seen["k"], seen["v"], mask))
     if not ring_is_all:
-        _write(state, new, has_gaps)
+        write(state, new, has_gaps)
     return torch.cat(outputs, dim=1)
 
 
-def _write(state: State, new: State, has_gaps: bool) -> None:
+def write(state: State, new: State, has_gaps: bool) -> None:
     """Put the last tokens of each row into their slots; a gap's slot keeps what it holds."""
     positions, capacity = new["positions"], state["positions"].shape[1]
     n_columns = min(positions.shape[1], capacity)

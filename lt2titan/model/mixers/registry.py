@@ -5,6 +5,7 @@ from __future__ import annotations
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.mixers.base import Common, Mixer
 from lt2titan.model.mixers.deltanet import DeltaNet
+from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.mixers.gdn import GDN
 from lt2titan.model.mixers.gla import GLA
@@ -28,9 +29,11 @@ MIXERS: dict[str, type] = {
     "kda": KDA,
     "rwkv7": RWKV7,
     "nsa": NSA,
+    "dsa": DSA,
 }
 
 
 def build_mixer(name: str, config: ModelConfig, is_first: bool, backend: str) -> Mixer:
     """The mixer ``name`` with the sizes of ``model.mixers.<name>``; ``is_first`` of its kind in the physical stack."""
-    return MIXERS[name](getattr(config.mixers, name), Common(config.dim, config.norm_eps, is_first, backend))
+    common = Common(config.dim, config.norm_eps, is_first, backend, config.layer_mixers.count(name))
+    return MIXERS[name](getattr(config.mixers, name), common)

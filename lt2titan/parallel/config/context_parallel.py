@@ -5,7 +5,7 @@ from __future__ import annotations
 from lt2titan.config.section import ConfigError
 from lt2titan.model.config import ModelConfig
 
-WITHOUT = ("nsa",)
+WITHOUT = ("nsa", "dsa")
 """Mixers that do not reach tokens of other ranks yet."""
 
 

@@ -20,6 +20,7 @@ CONFIGS = sorted((ROOT / "train_configs").rglob("*.toml"))
 ABLATIONS = [
     *(f"pure_{mixer}" for mixer in MixersConfig.names()),
     *(f"hybrid_full_{mixer}" for mixer in MixersConfig.names() if mixer not in ("full", "gdn")),  # gdn: the flagship
+    "hybrid_gdn_dsa",
     "ratio_1to1",
     "ratio_1to6",
     "ratio_1to12",

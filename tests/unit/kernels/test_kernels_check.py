@@ -26,7 +26,8 @@ def test_every_operator_passes_on_this_device(tmp_path: Path) -> None:
     assert {case["case"].split(",")[0] for case in report["cases"]} == set(OPERATORS)
     errors = {case["case"]: max(case["errors"].values()) for case in report["cases"]}
     assert all(0 <= error < 2e-5 for error in errors.values())
-    assert {name.split(",")[0] for name, error in errors.items() if error > 0} == set(OPERATORS)
+    # Selections of whole numbers are exact.
+    assert {name.split(",")[0] for name, error in errors.items() if error > 0} == set(OPERATORS) - {"dsa_select"}
 
 
 def wrong(scale: float):  # an operator whose output is off by a factor
@@ -91,9 +92,11 @@ def test_the_cases_cover_what_breaks_kernels(operator: str) -> None:
     if operator == "gated_rms_norm":
         return
     assert any(1 in case.documents for case in cases)
+    assert any(case.decode for case in cases)
+    if operator in ("dsa", "dsa_select"):
+        return
     if operator not in ("attention", "nsa"):
         assert any(case.state for case in cases)
-    assert any(case.decode for case in cases)
     if operator not in ("attention", "nsa", "short_convolution"):
         assert {case.decay for case in cases} == {"mixed", "near_one", "near_zero"}
         assert any(case.decode for case in cases) and any(case.sizes.H == 1 for case in cases)

@@ -11,6 +11,7 @@ from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import (
     DeltaNetConfig,
+    DSAConfig,
     FullConfig,
     GDNConfig,
     GLAConfig,
@@ -36,6 +37,11 @@ MIXERS = MixersConfig(
     kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5, allow_neg_eigval=True),
     rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
     nsa=NSAConfig(n_heads=4, n_kv_heads=1, block_size=2, n_blocks=4, window=3),
+    dsa=DSAConfig(n_heads=4, n_kv_heads=2, output_gate=True, top_k=4, n_index_heads=3, index_head_dim=6),
+)
+
+REUSING = DSAConfig(
+    n_heads=2, top_k=5, n_index_heads=2, index_head_dim=4, forced_first=True, forced_local=2, reuse_every=2
 )
 
 
@@ -78,6 +84,9 @@ ZOO = {
         "nsa", mixers=replace(MIXERS, nsa=NSAConfig(n_heads=4, n_kv_heads=2, block_size=3, n_blocks=3, window=5))
     ),
     "gdn+nsa": small("gdn", "nsa"),
+    "dsa": small("dsa"),
+    "gdn+dsa, forced tokens, reuse": small("gdn", "dsa", n_layers=6, mixers=replace(MIXERS, dsa=REUSING)),
+    "dsa+full": small("dsa", "full"),
     "gdn": small("gdn"),
     "gdn+full": small("gdn", "full"),
     "full+gdn bookend": small("full", "gdn", hybrid=HybridConfig(mixer="gdn", ratio=1, placement="bookend")),

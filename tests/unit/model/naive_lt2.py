@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from naive_attention import softmax_attention
 from naive_deltanet import deltanet
+from naive_dsa import dsa
 from naive_gdn import gdn
 from naive_gla import gla, hgrn2
 from naive_kda import kda
@@ -37,14 +38,19 @@ def logits(p: dict[str, Array], config: ModelConfig, tokens: list[int]) -> Array
     """(L, vocab) for one document."""
     m, eps = config.mixers, config.norm_eps
     hs = [p["embedding.weight"][token] for token in tokens]
+    chosen: dict[int, list[list[int]]] = {}  # by DSA layer, through the loops
     for loop in range(config.n_loops):
         before, carry = hs, {}
+        may_choose = loop % m.dsa.reuse_every == 0
         for i, kind in enumerate(config.layer_mixers):
             block = f"core.blocks.{i}"
             xs = [rms_norm(h, p[f"{block}.mixer_norm.weight"], eps) for h in hs]
             if kind in MIXERS:
                 own_parameters = {n.removeprefix(f"{block}.mixer."): v for n, v in p.items() if f"{block}.mixer." in n}
                 ys = MIXERS[kind](own_parameters, xs, config, carry)
+            elif kind == "dsa":
+                own_parameters = {n.removeprefix(f"{block}.mixer."): v for n, v in p.items() if f"{block}.mixer." in n}
+                ys, chosen[i] = dsa(own_parameters, xs, config, None if may_choose else chosen[i])
             else:
                 own = m.full if kind == "full" else m.window
                 window = m.window.window if kind == "window" else 0

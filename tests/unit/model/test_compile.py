@@ -21,6 +21,7 @@ from lt2titan.model.block import Block
 from lt2titan.model.config import LoopConfig, ModelConfig
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import MixersConfig
+from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
 
 KINDS = {name: small(name) for name in MixersConfig.names()}
@@ -61,12 +62,12 @@ def packed(*lengths: int) -> dict[str, Tensor]:
     return {"cu_seqlens": ends, "positions": positions, "chunk_indices": make_chunk_indices(ends)}
 
 
-def step(model: LT2, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def step(model: LT2, batch: dict[str, Tensor], **options: bool) -> dict[str, Tensor]:
     """Loss and gradients."""
     tokens = torch.arange(LENGTH).remainder(19).view(1, -1)
     model.zero_grad()
-    loss = model(tokens, targets=tokens, **batch, max_seqlen=LENGTH)
-    loss.backward()
+    loss, auxiliary = model(tokens, targets=tokens, **batch, max_seqlen=LENGTH, with_auxiliary=True, **options)
+    sum(auxiliary.values(), loss).backward()
     return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
@@ -105,11 +106,29 @@ def test_a_graph_per_kind_and_window(kind: str) -> None:
     model, eager = compiled(config, counter), build(config)
     torch.testing.assert_close(step(model, BATCHES[0]), step(eager, BATCHES[0]), rtol=1e-8, atol=1e-10)
     n_windows = len(set(config.loop.windows)) or 1  # only softmax layers read the loop's window
+    n_ways = min(model.core.reuse_every, 2)  # to choose keys, and to take over another loop's
     kinds = {block_kind(block) for block in model.core.blocks}
-    assert counter.n_graphs == sum(n_windows if issubclass(mixer, Full) else 1 for mixer, _ in kinds)
+    n_graphs = [n_windows if issubclass(mixer, Full) else n_ways if mixer is DSA else 1 for mixer, _ in kinds]
+    assert counter.n_graphs == sum(n_graphs)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in BATCHES[1:]:
             torch.testing.assert_close(step(model, batch), step(eager, batch), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["dsa", "gdn+dsa, forced tokens, reuse"])
+def test_seeing_everything_is_one_more_way_of_those_that_choose(kind: str) -> None:
+    """Both phases of training are known after one step of each: however often they alternate, nothing is compiled."""
+    counter = Counter()
+    model, eager = compiled(ZOO[kind], counter), build(ZOO[kind])
+    step(model, BATCHES[0])
+    n_before = counter.n_graphs
+    step(model, BATCHES[0], sees_all=True)
+    assert counter.n_graphs - n_before == min(model.core.reuse_every, 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in BATCHES:
+            for sees_all in (False, True):
+                got, want = (step(m, batch, sees_all=sees_all) for m in (model, eager))
+                torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 def test_each_static_window_is_a_graph() -> None:

@@ -68,7 +68,7 @@ def test_window_layers_see_exactly_as_far_as_loops_and_layers_reach() -> None:
 
     positions = torch.arange(30)[None]
     context = Context(positions, {4: rotary_tables(positions, 4, 1e4)})
-    model.core(embedded, context)[0, 29].sum().backward()
+    model.core(embedded, context)[0][0, 29].sum().backward()
     assert embedded.grad is not None
     seen = embedded.grad[0].abs().sum(-1) > 0
     assert seen.tolist() == [i > 29 - reach for i in range(30)]

@@ -24,6 +24,7 @@ from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import (
     DeltaNetConfig,
+    DSAConfig,
     FullConfig,
     GDNConfig,
     GLAConfig,
@@ -58,6 +59,7 @@ MIXERS = MixersConfig(
     kda=KDAConfig(n_heads=2, n_v_heads=4, expand_v=1.5),
     rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
     nsa=NSAConfig(n_heads=4, n_kv_heads=1, block_size=2, n_blocks=4, window=3),
+    dsa=DSAConfig(n_heads=4, n_kv_heads=2, output_gate=True, top_k=3, n_index_heads=3, index_head_dim=6),
 )
 ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
 TWO_KEY_HEADS = replace(MIXERS, nsa=NSAConfig(n_heads=4, n_kv_heads=2, block_size=2, n_blocks=4, window=3))
@@ -137,8 +139,11 @@ def batches(step: int, packed: bool) -> list[Batch]:
 
 
 def loss_of(model: LT2, batches: list[Batch], **options: Any) -> torch.Tensor:
-    """Divided by the tokens of all ranks."""
-    losses = [model(**model_inputs(batch, CPU), **options) for batch in batches]
+    """The cross-entropy and the layers' own losses, divided by the tokens of all ranks."""
+    losses = []
+    for batch in batches:
+        loss, auxiliary = model(**model_inputs(batch, CPU), with_auxiliary=True, **options)
+        losses.append(sum(auxiliary.values(), loss))
     return torch.stack(losses).sum() / (N_ROWS * LENGTH)
 
 

@@ -63,12 +63,14 @@ def every_mixer() -> None:
         check_same(config(name), dims, packed=True)
     check_same(config("mamba2", mixers=ONE_GROUP), dims)
     check_same(config("nsa", mixers=TWO_KEY_HEADS), dims, packed=True)
+    check_same(config("gdn", "dsa"), dims, options={"sees_all": True})
 
 
 def without_sequence_parallelism() -> None:
     dims = mesh(2)
     check_same(config("gdn", "full", tied=False), dims, sequence_parallel=False, packed=True)
     check_same(config("mamba2", "rwkv7", mixers=ONE_GROUP), dims, sequence_parallel=False)
+    check_same(config("gdn", "dsa"), dims, sequence_parallel=False, packed=True)
 
 
 def several_steps() -> None:

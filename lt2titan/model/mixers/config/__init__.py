@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from lt2titan.model.mixers.config.deltanet import DeltaNetConfig
+from lt2titan.model.mixers.config.dsa import DSAConfig
 from lt2titan.model.mixers.config.full import FullConfig
 from lt2titan.model.mixers.config.gdn import GDNConfig
 from lt2titan.model.mixers.config.gla import GLAConfig
@@ -17,6 +18,7 @@ from lt2titan.model.mixers.config.rwkv7 import RWKV7Config
 from lt2titan.model.mixers.config.window import WindowConfig
 
 __all__ = [
+    "DSAConfig",
     "DeltaNetConfig",
     "FullConfig",
     "GDNConfig",
@@ -47,6 +49,7 @@ class MixersConfig:
     kda: KDAConfig = field(default_factory=KDAConfig)
     rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
     nsa: NSAConfig = field(default_factory=NSAConfig)
+    dsa: DSAConfig = field(default_factory=DSAConfig)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -1,0 +1,148 @@
+"""DSA's Triton kernels on a CPU in Triton's interpreter, against the references:
+
+TRITON_INTERPRET=1 pytest tests/unit/kernels/test_dsa_interpreter.py
+
+The variable must be set before anything imports triton; `make test` runs this file on its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("set TRITON_INTERPRET=1 to run Triton kernels on the CPU", allow_module_level=True)
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("not installed: triton", allow_module_level=True)
+
+import dsa_truth
+
+from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select, inverse, triton_kl_dense, triton_select
+from lt2titan.kernels.dsa.operators import attend, indexer_kl, select
+
+SHAPES = {"dense rows": (2, 43, ()), "documents": (1, 56, (7, 1, 37, 6, 5)), "one token": (1, 1, ())}
+shapes = pytest.mark.parametrize("shape", SHAPES)
+SELECTIONS = [{"top_k": 4}, {"top_k": 9, "forced_first": True, "forced_local": 3}, {"top_k": 64}]
+
+
+def bounds_of(shape: str) -> Tensor | None:
+    documents = SHAPES[shape][2]
+    return torch.tensor([0, *documents, 0]).cumsum(0).int() if documents else None
+
+
+def draw(shape: str, *sizes: int, seed: int = 0) -> Tensor:
+    batch, length, _ = SHAPES[shape]
+    return torch.randn(batch, length, *sizes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them in a short row."""
+    monkeypatch.setattr(triton_select, "TILE", 16)
+    monkeypatch.setattr(triton_kl_dense, "BLOCK", 16)
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many chunks":
+        for module in (triton_select, triton_kl_dense):
+            monkeypatch.setattr(module, "CHUNK_NUMBERS", 19 * 2 * 43)
+
+
+@shapes
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_selections_are_the_reference_s(shape: str, options: dict, chunks: None) -> None:
+    """Random scores: no two are equal but those of 0."""
+    index = (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))
+    got, want = (
+        dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend=backend) for backend in ("fla", "reference")
+    )
+    assert torch.equal(got, want)
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_of_equal_scores_the_earlier_key_wins(shape: str, options: dict, dtype: torch.dtype, chunks: None) -> None:
+    """Small whole numbers: products are exact, most scores are tied, many at 0 and at -0."""
+    index = [draw(shape, *sizes, seed=3).round().clamp(-1, 1).to(dtype) for sizes in ((2, 3), (3,), (2,))]
+    got = dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend="fla")
+    scores = dsa_truth.scores(*(x.double() for x in index))
+    want = dsa_truth.chosen(scores, dsa_truth.seen_mask(SHAPES[shape][1], SHAPES[shape][2]), **options)
+    assert torch.equal(dsa_truth.as_mask(got), want)
+    assert torch.equal(got, dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend="reference"))
+
+
+@pytest.fixture(params=["atomics", "deterministic"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(inverse, "PAIRS", 300)
+    torch.use_deterministic_algorithms(request.param == "deterministic")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@shapes
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 1), (6, 2)])
+def test_attention_and_its_gradients_are_the_reference_s(shape: str, n_heads: int, n_kv: int, order: None) -> None:
+    index = (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))
+    indices = dsa_select(*index, top_k=40, cu_seqlens=bounds_of(shape), backend="reference")
+    inputs = [draw(shape, n, 20, seed=n).requires_grad_() for n in (n_heads, n_kv, n_kv)]
+    got = dsa_attention(*inputs, indices, backend="fla")
+    want = dsa_attention(*(x.double() for x in inputs), indices, backend="reference")
+    torch.testing.assert_close(got, want, check_dtype=False, atol=1e-5, rtol=1e-5)
+    weights = draw(shape, n_heads, 20, seed=9)
+    gradients = [torch.autograd.grad(o[0], inputs, weights.to(o[0].dtype)) for o in (got, want)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@shapes
+@pytest.mark.parametrize("is_dense", [False, True], ids=["selected", "dense"])
+def test_the_kl_and_its_gradients_are_the_reference_s(shape: str, is_dense: bool, order: None, chunks: None) -> None:
+    index = [x.requires_grad_() for x in (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))]
+    tokens = [draw(shape, n, 20, seed=n) for n in (6, 2, 2)]
+    indices = dsa_select(*index, top_k=40, cu_seqlens=bounds_of(shape), backend="reference")
+    _, lse = dsa_attention(*tokens, indices, backend="reference")
+    options = {} if is_dense else {"indices": indices, "lse": lse}
+    options["cu_seqlens"] = bounds_of(shape)
+    results = []
+    for backend, dtype in (("fla", torch.float32), ("reference", torch.float64)):
+        kl = dsa_indexer_kl(*(x.to(dtype) for x in [*index, *tokens[:2]]), **options, backend=backend)
+        results.append((kl, *torch.autograd.grad(2 * kl, index)))
+    torch.testing.assert_close(*results, check_dtype=False, atol=2e-5, rtol=1e-4)
+
+
+def test_a_fixed_order_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the queries are cut into chunks."""
+    indices = torch.arange(8).expand(1, 43, 8).minimum(torch.arange(43)[:, None])
+    indices = torch.where(torch.arange(8) <= torch.arange(43)[:, None], indices, -1).int()
+    inputs = [draw("dense rows", n, 20, seed=n)[:1].requires_grad_() for n in (4, 1, 1)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for pairs in (1 << 20, 100):
+            monkeypatch.setattr(inverse, "PAIRS", pairs)
+            o, _ = dsa_attention(*inputs, indices, backend="fla")
+            results.append(torch.autograd.grad(o.sum(), inputs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*results)
+    pairs = list(inverse.inverse_chunks(indices))
+    assert len(pairs) > 1 and sum(int(bounds[-1]) for _, bounds, _ in pairs) == (indices >= 0).sum()
+
+
+def test_opcheck() -> None:
+    index = [x.requires_grad_() for x in (draw("documents", 3, 12), draw("documents", 12), draw("documents", 3))]
+    tokens = [draw("documents", n, 20).requires_grad_() for n in (4, 2, 2)]
+    bounds = bounds_of("documents")
+    indices = select(*index, bounds, 9, True, 1, "fla")
+    _, lse = attend(*tokens, indices, 0.5, "fla")
+    torch.library.opcheck(select, (*index, bounds, 9, True, 1, "fla"))
+    torch.library.opcheck(attend, (*tokens, indices, 0.5, "fla"))
+    fixed = [x.detach() for x in tokens[:2]]
+    torch.library.opcheck(indexer_kl, (*index, *fixed, indices, lse.detach(), None, 0.5, "fla"))
+    torch.library.opcheck(indexer_kl, (*index, *fixed, None, None, bounds, 0.5, "fla"))
