@@ -133,9 +133,8 @@ def _compare(
             results[name] = {"error": reason}
             continue
         got = _outputs(way, part, weight[:, here])
-        worst = max(
-            float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True)
-        )
+        errors = [(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(got, expected, strict=True)]
+        worst = float(torch.stack(errors).max())  # NaN if any is
         figures = torch.tensor([worst, *_times(way, part, weight[:, here])], device="cuda")
         dist.all_reduce(figures, dist.ReduceOp.MAX)
         names = ("relative_error", "forward_ms", "forward_backward_ms")

@@ -164,11 +164,12 @@ def show(results: Iterable[dict[str, Any]]) -> None:
             table.add_row(result["case"], "[red]failed[/red]")
             continue
         ratio, compilation = result["predicted_over_measured"], result["compilation"]
+        is_varied = len(set(result["loops"])) > 1  # a median would be that of the steps with a middling number
         table.add_row(
             result["case"],
             f"{result['tokens_per_step']:,}",
-            f"{result['tokens_per_second']:,.0f}",
-            f"{result['ms']:.0f}",
+            f"{result['mean_tokens_per_second' if is_varied else 'tokens_per_second']:,.0f}",
+            f"{1e3 * result['tokens_per_step'] / result['mean_tokens_per_second'] if is_varied else result['ms']:.0f}",
             "-" if result["mfu"] is None else f"{result['mfu']:.1%}",
             f"{result['tflops']:.1f}",
             f"{sum(result['loops']) / len(result['loops']):.3g}",

@@ -66,11 +66,13 @@ def estimate(config: JobConfig) -> dict[str, Any]:
 
 
 def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
-    """Memory per device by category and communication per step on ``world_size`` GPUs."""
+    """Memory per device by category and communication per step on ``world_size`` GPUs. Attention is taken to gather
+    keys (parallelism.context_parallel_attention = "ring" takes less)."""
     parallelism, loops = config.parallelism, config.model.loop
-    parallelism.validate_world_size(world_size)
+    config.validate_layout(world_size)
     batch_size, n_microbatches = config.training.microbatches(parallelism.data_parallel_size(world_size))
-    model = build_on_meta(config.model, "fla")
+    model = build_on_meta(config.model, "reference" if config.kernels.backend == "reference" else "fla")
+    n_documents = batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0
     n_context, n_replicas = parallelism.context_parallel_degree, parallelism.data_parallel_replicate_degree
     n_shards = parallelism.shard_degree(world_size) * n_context
     precision = config.training.mixed_precision_param
@@ -112,9 +114,15 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
         is_compiled=config.compile.enable,
         memory_budget=config.activation_checkpoint.memory_budget,
         n_microbatches=n_microbatches,
+        n_documents=n_documents,
     )
     core = core_memory(
-        model, batch_size=batch_size, length=seq_len // n_context, dtype=dtype, n_context=layout.n_context
+        model,
+        batch_size=batch_size,
+        length=seq_len // n_context,
+        dtype=dtype,
+        n_documents=n_documents,
+        n_context=n_context,
     )
     communication = of_parameters(
         model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype

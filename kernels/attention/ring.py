@@ -41,6 +41,19 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, group: str) -> Tensor:
     return out.transpose(1, 2)
 
 
+def ring_problem() -> str:
+    """Why this torch has no ring to offer, "" if it has: what is used here is private to it and may move."""
+    try:
+        with _in_order() as ring:
+            missing = [name for name in _NEEDED if not hasattr(ring, name)]
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return f"torch.distributed.tensor has no {', '.join(missing)}" if missing else ""
+
+
+_NEEDED = ("_scaled_dot_product_ring_flash_attention", "_scaled_dot_product_ring_flash_attention_backward")
+
+
 class _Ring:
     """What torch's functions want to know of a mesh."""
 

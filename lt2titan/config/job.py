@@ -64,20 +64,7 @@ class JobConfig:
 
     def validate_run(self, world_size: int) -> None:
         """Refuse what each section allows but the run as a whole, on ``world_size`` processes, does not."""
-        with _named("parallelism"):
-            self.parallelism.validate_world_size(world_size)
-            check_tensor_parallel(self.model, self.parallelism.tensor_parallel_degree)
-            check_context_parallel(self.model, self._lengths(), self.parallelism.context_parallel_degree)
-            if self.parallelism.context_parallel_attention == "ring":
-                check_ring(self.model, self.data.document_mask)
-            if self.parallelism.tensor_parallel_degree > 1 and self.parallelism.sequence_parallel:
-                self._check_sequence_parallel()
-        with _named("training"):
-            self.training.microbatches(self.parallelism.data_parallel_size(world_size))
-        with _named("activation_checkpoint"):
-            self.activation_checkpoint.validate_model(self.model.n_loops, is_compiled=self.compile.enable)
-        with _named("validation"):
-            self.validation.validate_model(self.model.n_loops)
+        self.validate_layout(world_size)
         if self.comm.mode == "fake_backend":  # reads no data
             return
         training = (self.training.dataset, self.training.dataset_path)
@@ -89,6 +76,28 @@ class JobConfig:
         if n_tokens > self.model.vocab_size:
             reason = f"the tokenizer {self.data.tokenizer!r} has {n_tokens} tokens; use at least that many"
             raise ConfigError("model.vocab_size", self.model.vocab_size, reason)
+
+    def validate_layout(self, world_size: int) -> None:
+        """The part of `validate_run` that asks for no data: how the model and its batches lie on the processes."""
+        with _named("parallelism"):
+            self.parallelism.validate_world_size(world_size)
+            check_tensor_parallel(self.model, self.parallelism.tensor_parallel_degree)
+            check_context_parallel(self.model, self._lengths(), self.parallelism.context_parallel_degree)
+            if self.parallelism.context_parallel_attention == "ring":
+                check_ring(
+                    self.model,
+                    self.parallelism.context_parallel_degree,
+                    self.data.document_mask,
+                    self.training.mixed_precision_param,
+                )
+            if self.parallelism.tensor_parallel_degree > 1 and self.parallelism.sequence_parallel:
+                self._check_sequence_parallel()
+        with _named("training"):
+            self.training.microbatches(self.parallelism.data_parallel_size(world_size))
+        with _named("activation_checkpoint"):
+            self.activation_checkpoint.validate_model(self.model.n_loops, is_compiled=self.compile.enable)
+        with _named("validation"):
+            self.validation.validate_model(self.model.n_loops)
 
     def _check_sequence_parallel(self) -> None:
         """Refuse rows that tensor-parallel ranks cannot split by tokens."""

@@ -76,7 +76,7 @@ class LT2(nn.Module):
             cu_seqlens: (N + 1,) int32, boundaries of packed documents over the flattened tokens (B x L); positions
                 must then restart with them.
             cu_seqlens_k: (N + 1,) int32, under context parallelism with cu_seqlens: the documents' boundaries over the
-                rows from their first token to this rank's last (see data/stretch.py).
+                rows from their first token to this rank's last (see data.packing.Batch.stretch).
             chunk_indices: see kernels.packing.make_chunk_indices; saves a device sync with cu_seqlens.
             max_seqlen: upper bound on the documents' lengths on a rank, with cu_seqlens.
             state: continue the sequences in it, and update it in place. Without cu_seqlens, row b continues sequence
@@ -103,6 +103,8 @@ class LT2(nn.Module):
                 cu_seqlens = cu_seqlens.to(tokens.device)
                 positions = state.advance_packed(bounds, cu_seqlens)
                 max_seqlen = max(end - start for start, end in pairwise(bounds))
+        elif positions is None and self.stretches.n_ranks > 1 and cu_seqlens is not None:
+            raise ValueError("packed documents under context parallelism need positions: they say which began earlier")
         elif positions is None:
             first = self.stretches.rank * shape[1]
             positions = torch.arange(first, first + shape[1], device=tokens.device).expand(shape)

@@ -61,10 +61,12 @@ def saved_by_compiled(
         return tensor
 
     compiled = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
-    with (
-        torch._functorch.config.patch(activation_memory_budget=memory_budget),
-        saved_tensors_hooks(keep, lambda t: t),
-    ):
-        compiled(parameters, h, context, carry)
-    reset_code(call.__code__)  # else the next call might find this graph, which another budget would divide otherwise
+    try:
+        with (
+            torch._functorch.config.patch(activation_memory_budget=memory_budget),
+            saved_tensors_hooks(keep, lambda t: t),
+        ):
+            compiled(parameters, h, context, carry)
+    finally:
+        reset_code(call.__code__)  # else the next call might find this graph, which another budget divides otherwise
     return saved

@@ -27,6 +27,7 @@ def memory_by_category(
     is_compiled: bool = False,
     memory_budget: float = 1.0,
     n_microbatches: int = 1,
+    n_documents: int = 0,
 ) -> dict[str, int]:
     """Bytes per device by category, and "peak", the largest of four moments:
 
@@ -48,6 +49,7 @@ def memory_by_category(
         is_compiled: blocks and loss are.
         memory_budget: of the mode of that name.
         n_microbatches: per optimizer step.
+        n_documents: that a packed microbatch has room for; 0 for dense rows.
     """
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     blocks = [sum(p.numel() for p in block.parameters()) // layout.n_tensor for block in model.core.blocks]
@@ -64,6 +66,7 @@ def memory_by_category(
         batch_size=batch_size,
         length=length,
         dtype=dtype,
+        n_documents=n_documents,
         n_context=layout.n_context,
         is_compiled=is_compiled,
         memory_budget=memory_budget if activation_checkpoint == "memory_budget" else 1.0,

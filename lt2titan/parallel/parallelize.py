@@ -40,7 +40,7 @@ def parallelize(
     if dims.tensor > 1:
         apply_tensor_parallel(model, dims.mesh["tensor"], sequence_parallel)
     if dims.context_mesh is not None:
-        apply_context_parallel(model, dims.context_mesh, context_parallel_attention)
+        apply_context_parallel(model, dims.context_mesh, context_parallel_attention, param_dtype)
     apply_activation_checkpoint(
         model,
         activation_checkpoint,

@@ -147,7 +147,7 @@ def test_trains_as_one_process(case: Case, launches: Launches) -> None:
     with np.load(found / "gradients.npz") as ours, np.load(expected / "gradients.npz") as theirs:
         assert set(ours) == set(theirs)
         errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
-    assert max(errors.values()) <= case.gradients, errors
+    assert all(error <= case.gradients for error in errors.values()), errors  # NaN is no smaller
     theirs, ours = metrics(expected), metrics(found)
     assert len(theirs) == 10
     for name in EXACT:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from lt2titan.config.section import ConfigError
 from lt2titan.model.config import ModelConfig
+from lt2titan.model.mixers.config.sizes import divisors
 
 WITHOUT = ("nsa", "dsa")
 """Mixers that do not reach tokens of other ranks yet."""
 
 
-def check_ring(model: ModelConfig, document_mask: bool) -> None:
-    """Refuse a ring of keys where attention is not full, over dense rows.
+def check_ring(model: ModelConfig, degree: int, document_mask: bool, precision: str) -> None:
+    """Refuse a ring of keys where there is none to go round, or attention is not full, over dense rows, in bf16.
 
     Raises:
         ConfigError: context_parallel_attention, with what stands in its way.
     """
     obstacles = {
+        "context_parallel_degree = 1": degree == 1,
+        "no full layers": "full" not in model.layer_mixers,
+        'training.mixed_precision_param = "float32"': precision == "float32",
         "data.document_mask = true": document_mask,
         f"model.loop.windows = {model.loop.windows}": any(window > 0 for window in model.loop.windows),
         "window layers": "window" in model.layer_mixers,
     }
     for what, stands in obstacles.items():
         if stands:
-            reason = f'does full attention over dense rows alone, and this run has {what}; use "gather"'
+            reason = f"full attention over dense rows of several ranks, in bfloat16, and this run has {what}"
+            reason = f'is for {reason}; use "gather"'
             raise ConfigError("context_parallel_attention", "ring", reason)
 
 
@@ -49,6 +54,6 @@ def check_context_parallel(model: ModelConfig, lengths: dict[str, int], degree: 
         if length // degree < history and degree > 1:
             reason = (
                 f"{name} = {length} would leave {length // degree} tokens per rank, and the model's mixers look "
-                f"{history} tokens back; use at most {length // history}"
+                f"{history} tokens back; use at most {max(n for n in divisors(length) if length // n >= history)}"
             )
             raise ConfigError("context_parallel_degree", degree, reason)

@@ -28,7 +28,8 @@ class ParallelismConfig:
     Must divide training.seq_len and validation.seq_len."""
     context_parallel_attention: Literal["gather", "ring"] = "gather"
     """How softmax layers reach the keys of other ranks. gather: all of them at once. ring: one rank's after the other,
-    never more than two in memory; on GPUs, for full attention over dense rows (no window, no data.document_mask)."""
+    never more than two in memory while training; on GPUs in bfloat16, for full attention over dense rows (no window, no
+    data.document_mask)."""
     pipeline_parallel_degree: int = 1
     """Only 1: a looped stack visits every stage once per loop, so a pipeline would idle for most of each step."""
     expert_parallel_degree: int = 1

@@ -32,9 +32,11 @@ from torch.utils._pytree import tree_leaves
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
+from lt2titan.kernels.attention.ring import ring_problem
 from lt2titan.metrics.loop_statistics import LoopStatistics
 from lt2titan.model.config import LoopConfig
 from lt2titan.model.context import Context
+from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.model.recompute import KEEP_ALL
@@ -213,7 +215,7 @@ def test_a_run_is_refused_before_it_starts() -> None:
     with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*seq_len = 33.* is 34"):
         job.validate_run(2)
     job.training.seq_len, job.parallelism.context_parallel_degree = 32, 16
-    with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 16: .*2 tokens.* at most 10"):
+    with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 16: .*2 tokens.* at most 8"):
         job.validate_run(16)
     job.model = replace(config("gla"), mixer="gla")  # looks back through its state alone
     job.validate_run(16)
@@ -237,6 +239,9 @@ def test_mixers_without_context_parallelism_are_refused(mixer: str) -> None:
         (lambda job: setattr(job.data, "document_mask", True), "data.document_mask = true"),
         (lambda job: setattr(job.model, "loop", LoopConfig(windows=[-1, 4, 4])), "model.loop.windows"),
         (lambda job: setattr(job.model, "mixer", "window"), "window layers"),
+        (lambda job: setattr(job.model.hybrid, "mixer", ""), "no full layers"),
+        (lambda job: setattr(job.training, "mixed_precision_param", "float32"), "float32"),
+        (lambda job: setattr(job.parallelism, "context_parallel_degree", 1), "context_parallel_degree = 1"),
     ],
 )
 def test_a_ring_of_what_is_not_full_and_dense_is_refused(change: Callable[[JobConfig], None], what: str) -> None:
@@ -250,7 +255,21 @@ def test_a_ring_of_what_is_not_full_and_dense_is_refused(change: Callable[[JobCo
 
 
 def test_a_ring_on_cpu_is_refused() -> None:
-    with fake_process_group(2), pytest.raises(ConfigError, match='needs GPUs; use "gather"'):
+    with fake_process_group(2), pytest.raises(ConfigError, match=r'needs GPUs, .* use "gather"'):
         dims = mesh(2)
         assert dims.context_mesh is not None
         apply_context_parallel(whole_model(config("full")), dims.context_mesh, "ring")
+
+
+def test_this_torch_has_the_ring_that_is_used() -> None:
+    assert ring_problem() == ""
+
+
+def test_softmax_attention_in_fp32_on_a_gpu_is_refused() -> None:
+    with fake_process_group(2):
+        dims, model = mesh(2), build_on_meta(config("gdn", "full"), "fla")
+        assert dims.context_mesh is not None
+        apply_context_parallel(model, dims.context_mesh)
+        with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
+            apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
+        apply_context_parallel(build_on_meta(config("gdn"), "fla"), dims.context_mesh, param_dtype=torch.float32)

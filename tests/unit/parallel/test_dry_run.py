@@ -108,3 +108,11 @@ def test_layouts_are_checked_before() -> None:
     result = launch("--parallelism.data_parallel_replicate_degree", "3", NGPU="512", COMM_MODE="fake_backend")
     assert result.returncode == 2
     assert "512 processes" in result.stdout and "data_parallel_replicate_degree 3" in result.stdout
+
+
+def test_context_ranks_are_shards_with_a_stretch_each() -> None:
+    found, config = sizes(8, "--parallelism.context_parallel_degree", "4")
+    shorter, _ = sizes(8, "--training.seq_len", "8", "--validation.seq_len", "8")
+    assert found["weights"] == 4 * first_shards(config, 8)
+    # As rows of a quarter, and what mixers fetch of other ranks beside it.
+    assert shorter["saved activations"] < found["saved activations"] < 3 * shorter["saved activations"]

@@ -96,5 +96,13 @@ def test_the_script_reports_a_layout_and_refuses_one_that_does_not_fit() -> None
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["layout"]["n_shards"] == 4 and report["memory_bytes"]["peak"] > 0
+    split = ["--parallelism.context_parallel_degree", "2", "--training.local_batch_size", "1"]
+    result = subprocess.run([*command, "--world-size", "4", "--json", *split], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["layout"]["n_shards"] == 4 and report["communication"]["all-gather of earlier stretches"]["count"]
+    split[1] = "3"
+    result = subprocess.run([*command, "--world-size", "3", *split], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0 and "does not divide training.seq_len = 32" in result.stderr
     result = subprocess.run([*command, "--world-size", "3"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode != 0 and "global_batch_size" in result.stderr
