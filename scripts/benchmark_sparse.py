@@ -1,6 +1,6 @@
 """What sparse attention costs as rows grow longer, beside full attention: time and memory of the blocks of a model.
 
-python scripts/benchmark_sparse.py [--lengths 4096 32768] [--stacks full dsa gdn+dsa] [--json FILE]
+python scripts/benchmark_sparse.py [--lengths 4096 32768] [--stacks full nsa dsa gdn+dsa] [--json FILE]
 
 A stack is five layers of a recipe's width (the 1.3B model's by default), with one row of tokens, in bf16: forward,
 forward and backward (blocks are computed again, as recipes train), and the decoding of one token after as many. Then
@@ -43,7 +43,7 @@ MEMORY_BANDWIDTH, BF16_PEAK = 4.8e12, 989e12  # of an H200: bytes and dense FLOP
 class Arguments:
     """Compare attention over long rows on this device."""
 
-    stacks: list[str] = field(default_factory=lambda: ["full", "dsa", "gdn+dsa"])
+    stacks: list[str] = field(default_factory=lambda: ["full", "nsa", "dsa", "gdn+dsa"])
     """Mixers; "a+b" has four layers of a and one of b, the others five of one kind."""
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 32768, 131072])
     """Tokens of the row."""
