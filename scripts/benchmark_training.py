@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -103,12 +105,17 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
         command += [f"--{override}" for override in what["overrides"]]
         environment = os.environ | (cold_caches(Path(folder)) if case.is_cold else {})
         status: int | str
+        process = subprocess.Popen(
+            command, stdout=text, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            status = subprocess.run(
-                command, stdout=text, stderr=subprocess.STDOUT, env=environment, timeout=arguments.timeout
-            ).returncode
+            status = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             status = f"not done after {arguments.timeout} s"
+        finally:  # its compile workers too, which would disturb the next case
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         measured = json.loads(report.read_text()) if report.exists() else {"error": f"{status}: {last_words(log)}"}
     seconds = round(time.perf_counter() - start, 1)
     return {"case": name, "repeat": repeat, **what, "process_seconds": seconds, **measured}

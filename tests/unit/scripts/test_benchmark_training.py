@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lt2titan.config.loader import load_config
+from lt2titan.model.loop_schedule import LoopSchedule
+
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "tests" / "assets" / "tiny.toml"
 
@@ -65,3 +68,17 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     result = run("--config", str(TINY), "--overrides", "model.nloops=3", "--output", str(output))
     assert result.returncode == 2 and "model.n_loops" in result.stdout + result.stderr and not output.exists()
+
+
+def test_sampled_loops_are_compared_with_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else fixed and sampled loops would be two amounts of work."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from training_cases import CASES
+
+    sampled, fixed = (
+        load_config(TINY, [f"--{override}" for override in CASES[f"schedule/{kind}"].overrides])
+        for kind in ("sampled", "fixed")
+    )
+    schedule = LoopSchedule(sampled.model.loop, sampled.model.n_loops, sampled.debug.seed)
+    measured = [schedule.loops(step) for step in range(4, 4 + CASES["schedule/sampled"].n_steps)]  # 3 of warm-up before
+    assert sorted(measured) == [1, 2, 3, 4, 5, 6, 7] and fixed.model.n_loops == 4
