@@ -75,7 +75,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)
         for is_last in (False, True) if plan.defers_reductions else (True,):
             set_gradient_sync(model, is_last)
-            loss, saved = _saved_bytes(model, lambda: objective(*model(tokens, targets=tokens, with_auxiliary=True)))
+            loss, saved = _saved_bytes(model, lambda: _objective(*model(tokens, targets=tokens, with_auxiliary=True)))
             loss.backward()
         reshard(model)
         clip_grad_norm(model, config.training.max_norm)
@@ -98,7 +98,8 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     }
 
 
-def objective(loss: Tensor, auxiliary: dict[str, Tensor]) -> Tensor:
+def _objective(loss: Tensor, auxiliary: dict[str, Tensor]) -> Tensor:
+    """The cross-entropy with the layers' own losses."""
     return sum(auxiliary.values(), loss)
 
 

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from lt2titan.config.section import ConfigError
 from lt2titan.kernels.backend import backend_versions, resolve_backend
-from lt2titan.kernels.check.cases import OPERATORS, Case, cases_of, errors_of
+from lt2titan.kernels.check.case import Case
+from lt2titan.kernels.check.cases import OPERATORS, cases_of, errors_of
 from lt2titan.kernels.check.tolerance import tolerance_of
 
 

@@ -7,34 +7,30 @@ projection of all its outputs, and compares with the definition on the same roun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lt2titan.kernels.attention import attention, masked_attention
+from lt2titan.kernels.check.case import DOCUMENTS, ONE_HEAD, Built, Case, Packing
 from lt2titan.kernels.check.other_operators import (
     attention_definition,
     attention_inputs,
-    chosen_mass,
     convolution_inputs,
-    dsa_definition,
-    dsa_inputs,
     norm_inputs,
-    nsa_definition,
-    nsa_probabilities,
 )
-from lt2titan.kernels.check.recurrences import RECURRENCES, Decay, Draw, Sizes
-from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select
-from lt2titan.kernels.dsa.reference import select_reference
+from lt2titan.kernels.check.recurrences import RECURRENCES, Draw, Sizes
+from lt2titan.kernels.check.sparse import (
+    build_dsa,
+    build_dsa_select,
+    build_nsa,
+    dsa_cases,
+    dsa_select_cases,
+    nsa_cases,
+)
 from lt2titan.kernels.gated_rms_norm import gated_rms_norm
 from lt2titan.kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from lt2titan.kernels.nsa import block_layout, compress, compressed_attention, select_blocks, selected_attention
-from lt2titan.kernels.nsa.cached import cached_branches
-from lt2titan.kernels.nsa.reference import choose_blocks
-from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.kernels.recurrence import state_dtype
 from lt2titan.kernels.short_convolution import short_convolution
 from lt2titan.kernels.short_convolution.reference import short_convolution_reference
@@ -42,65 +38,13 @@ from lt2titan.kernels.short_convolution.reference import short_convolution_refer
 PRECISE = ("g", "beta")
 """Per-token inputs that mixers compute and keep in fp32."""
 
-ONE_HEAD = Sizes(1, 1, 32, 32)
-
 FLOOR = 1e-2
 """Root mean square below which an error counts absolutely: operands are of order 1, so that much less is noise."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """`documents` are lengths packed in one row; otherwise there are `batch` rows of `length` tokens."""
-
-    operator: str
-    dtype: torch.dtype
-    what: str = ""
-    """The shape's point, for the table."""
-    sizes: Sizes = ONE_HEAD
-    batch: int = 1
-    length: int = 0
-    documents: tuple[int, ...] = ()
-    decay: Decay = "mixed"
-    state: bool = False
-    """With initial and final state."""
-    decode: bool = False
-    """Without gradients, one token after another."""
-    host_chunks: bool = True
-    """Pass chunk_indices made on the host, as the data loader does."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the operators that are not recurrences."""
-
-    @property
-    def name(self) -> str:
-        """Operator, dtype and shape in one line."""
-        return f"{self.operator}, {self.dtype_name}, {self.what}, {self.shape}"
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def shape(self) -> str:
-        """Tokens, then heads and widths."""
-        tokens = "+".join(map(str, self.documents)) if self.documents else f"{self.batch}x{self.length}"
-        sizes = (self.sizes._asdict() if self.sizes != ONE_HEAD or not self.options else {}) | self.options
-        return " ".join([tokens, *(f"{key}={value}" for key, value in sizes.items())])
-
-
-@dataclass(frozen=True)
-class Built:
-    """Named inputs, and two functions from them to the same outputs: the operator and its definition."""
-
-    inputs: dict[str, Tensor]
-    run: Callable[[dict[str, Tensor]], Sequence[Tensor]]
-    define: Callable[[dict[str, Tensor]], Sequence[Tensor]]
-    names: tuple[str, ...] = ("output", "final_state")
-    """Of the outputs; of fewer, the first."""
-
-
 def errors_of(case: Case, device: torch.device | str, backend: str) -> dict[str, float]:
     """Run a case; return the relative error ||got - expected|| / ||expected|| of every output and gradient."""
-    packing = _Packing(case, torch.device(device))
+    packing = Packing(case, torch.device(device))
     built = _BUILD.get(case.operator, _recurrence)(case, packing, backend)
     inputs = {name: x.to(device).requires_grad_(not case.decode) for name, x in built.inputs.items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
@@ -125,24 +69,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=FLOOR * want.numel() ** 0.5))
 
 
-class _Packing:
-    """Rows, tokens, sequences, and the boundaries if documents are packed."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.cu_seqlens: Tensor | None = None
-        self.chunk_indices: Tensor | None = None
-        self.batch, self.length, self.n_sequences = case.batch, case.length, case.batch
-        self.max_seqlen = case.length
-        if case.documents:
-            bounds = torch.tensor([0, *accumulate(case.documents)], dtype=torch.int32)
-            self.batch, self.length, self.n_sequences = 1, int(bounds[-1]), len(case.documents)
-            self.max_seqlen = max(case.documents)
-            self.cu_seqlens = bounds.to(device)
-            if case.host_chunks:
-                self.chunk_indices = make_chunk_indices(bounds).to(device)
-
-
-def _recurrence(case: Case, packing: _Packing, backend: str) -> Built:
+def _recurrence(case: Case, packing: Packing, backend: str) -> Built:
     check = RECURRENCES[case.operator]
     operator = check.operator
     draw = Draw(packing.batch, packing.length, case.sizes, case.decay)
@@ -188,7 +115,7 @@ def _recurrence(case: Case, packing: _Packing, backend: str) -> Built:
     return Built(inputs, run, define)
 
 
-def _short_convolution(case: Case, packing: _Packing, backend: str) -> Built:
+def _short_convolution(case: Case, packing: Packing, backend: str) -> Built:
     activation = case.options.get("activation", "silu")
     inputs = convolution_inputs(packing.batch, packing.length, packing.n_sequences, **case.options)
     if not case.state:
@@ -223,7 +150,7 @@ def _short_convolution(case: Case, packing: _Packing, backend: str) -> Built:
     return Built({name: x.to(case.dtype) for name, x in inputs.items()}, run, define)
 
 
-def _gated_rms_norm(case: Case, packing: _Packing, backend: str) -> Built:
+def _gated_rms_norm(case: Case, packing: Packing, backend: str) -> Built:
     inputs = norm_inputs(packing.batch, packing.length, case.options["H"], case.options["D"])
     activation = case.options["activation"]
     return Built(
@@ -233,7 +160,7 @@ def _gated_rms_norm(case: Case, packing: _Packing, backend: str) -> Built:
     )
 
 
-def _attention(case: Case, packing: _Packing, backend: str) -> Built:
+def _attention(case: Case, packing: Packing, backend: str) -> Built:
     window, n_before = case.options.get("window", 0), case.options.get("n_before", 0)
     inputs = attention_inputs(packing.batch, packing.length, case.sizes)
     cu_seqlens = packing.cu_seqlens
@@ -266,117 +193,24 @@ def _attention(case: Case, packing: _Packing, backend: str) -> Built:
     )
 
 
-def _nsa(case: Case, packing: _Packing, backend: str) -> Built:
-    """Both branches on the blocks that the definition would choose, side by side; and, of the blocks that the operator
-    chooses, the probability that they catch. So two blocks that are equal but for rounding may change places, and a
-    block that is chosen twice, too late or for nothing shows."""
-    options = {name: case.options[name] for name in ("block_size", "n_blocks")}
-    block_size, n_blocks = options.values()
-    inputs = {name: x.to(case.dtype) for name, x in attention_inputs(packing.batch, packing.length, case.sizes).items()}
-    documents = case.documents or (packing.length,)
-    probabilities = nsa_probabilities(inputs["q"].double(), inputs["k"].double(), block_size, documents)
-    positions = torch.cat([torch.arange(n) for n in documents])
-    best = choose_blocks(probabilities, positions, block_size, n_blocks)
-
-    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        q, k, v = x.values()
-        device = q.device
-        layout = block_layout(packing.batch, packing.length, block_size, packing.cu_seqlens, device)
-        if case.decode:  # one query at a time over a cache that holds the later tokens too
-            k_cmp, v_cmp = (x.unflatten(1, (-1, block_size)).mean(dim=2) for x in (k, v))
-            at = positions.to(device).expand(packing.batch, -1).split(1, dim=1)
-            steps = [
-                cached_branches(q_t, k, v, k_cmp, v_cmp, t, window=1, **options)
-                for q_t, t in zip(q.split(1, 1), at, strict=True)
-            ]
-            return (torch.cat([torch.cat(branches[:2], dim=2) for branches in steps], dim=1),)
-        k_cmp, v_cmp = compress(k, layout, block_size), compress(v, layout, block_size)
-        options_of_all = {"block_size": block_size, "backend": backend}
-        compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, **options_of_all)
-        blocks = select_blocks(q.detach(), k_cmp.detach(), lse, layout, n_blocks=n_blocks, **options_of_all)
-        selected = selected_attention(q, k, v, best.to(device), layout, **options_of_all)
-        mass = chosen_mass(blocks, probabilities.to(device), positions.to(device), block_size)
-        return torch.cat([compressed, selected], dim=2), mass
-
-    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        y = nsa_definition(**x, blocks=best.to(x["q"].device), block_size=block_size, documents=documents)
-        return (y,) if case.decode else (y, chosen_mass(best, probabilities, positions, block_size).to(y.device))
-
-    return Built(inputs, run, define, ("output", "chosen_mass"))
-
-
-def _dsa(case: Case, packing: _Packing, backend: str) -> Built:
-    """Attention over what the operator itself selects, and the indexer's KL over that, or over all keys.
-
-    Where scores round, another selection can be as good: the definition gets the operator's. That a selection is the
-    right one is `_dsa_select`'s matter.
-    """
-    options = dict(case.options)
-    top_k, is_dense = options.pop("top_k"), options.pop("learn_all", False)
-    inputs = {name: x.to(case.dtype) for name, x in dsa_inputs(packing.batch, packing.length, **options).items()}
-    chosen: list[Tensor] = []
-
-    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        index, tokens, bounds = (x["index_q"], x["index_k"], x["w"]), (x["q"], x["k"], x["v"]), packing.cu_seqlens
-        selection = dsa_select(*index, top_k=top_k, forced_first=True, cu_seqlens=bounds, backend=backend)
-        o, lse = dsa_attention(*tokens, selection, backend=backend)
-        learned = {"cu_seqlens": bounds} if is_dense else {"indices": selection, "lse": lse}
-        chosen.append(selection)
-        return o, dsa_indexer_kl(*index, x["q"], x["k"], **learned, backend=backend)
-
-    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        return dsa_definition(**x, indices=chosen[0], documents=case.documents, is_dense=is_dense)
-
-    return Built(inputs, run, define)
-
-
-def _dsa_select(case: Case, packing: _Packing, backend: str) -> Built:
-    """Selections by scores that are exact in any dtype, and mostly tied: those of small whole numbers."""
-    options = case.options
-    inputs = dsa_inputs(packing.batch, packing.length, H=1, HV=1, K=1, J=options["J"], E=options["E"])
-    index = {name: inputs[name].sign() * (inputs[name].abs() > 1) for name in ("index_q", "index_k")}
-    index["w"] = inputs["w"].sign()
-    top_k, local = options["top_k"], options["local"]
-
-    def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        selection = dsa_select(
-            x["index_q"],
-            x["index_k"],
-            x["w"],
-            top_k=top_k,
-            forced_first=local > 0,
-            forced_local=local,
-            cu_seqlens=packing.cu_seqlens,
-            backend=backend,
-        )
-        return (selection.double(),)
-
-    def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        return (
-            select_reference(x["index_q"], x["index_k"], x["w"], packing.cu_seqlens, top_k, local > 0, local).double(),
-        )
-
-    return Built({name: x.to(case.dtype) for name, x in index.items()}, run, define)
-
-
-_BUILD: dict[str, Callable[[Case, _Packing, str], Built]] = {
+_BUILD: dict[str, Callable[[Case, Packing, str], Built]] = {
     "attention": _attention,
-    "nsa": _nsa,
     "short_convolution": _short_convolution,
     "gated_rms_norm": _gated_rms_norm,
-    "dsa": _dsa,
-    "dsa_select": _dsa_select,
+    "nsa": build_nsa,
+    "dsa": build_dsa,
+    "dsa_select": build_dsa_select,
 }
+SPARSE_CASES = {"nsa": nsa_cases, "dsa": dsa_cases, "dsa_select": dsa_select_cases}
 OPERATORS = [*RECURRENCES, *_BUILD]
-DOCUMENTS = (1, 64, 130, 7, 65, 1, 0, 0)
 
 
 def cases_of(operator: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
     """The cases of one operator."""
     if operator == "attention":
         yield from _attention_cases(dtype, backend)
-    elif operator == "nsa":
-        yield from _nsa_cases(dtype)
+    elif operator in SPARSE_CASES:
+        yield from SPARSE_CASES[operator](dtype)
     elif operator == "short_convolution":
         sizes: dict[str, Any] = {"D": 192, "W": 4}
         yield Case(operator, dtype, "odd length", batch=2, length=197, options=sizes)
@@ -394,25 +228,6 @@ def cases_of(operator: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
         ):
             options = {"H": heads, "D": width, "activation": activation}
             yield Case(operator, dtype, what, batch=batch, length=length, options=options)
-    elif operator == "dsa":
-        one_key: dict[str, Any] = {"H": 16, "HV": 1, "K": 128, "J": 8, "E": 64}
-        grouped: dict[str, Any] = {"H": 6, "HV": 2, "K": 48, "J": 3, "E": 24}
-        yield Case(operator, dtype, "one key head", batch=2, length=197, options={**one_key, "top_k": 96})
-        yield Case(operator, dtype, "packed, odd widths", documents=DOCUMENTS, options={**grouped, "top_k": 40})
-        yield Case(operator, dtype, "one token", length=1, decode=True, options={**grouped, "top_k": 4})
-        yield Case(operator, dtype, "all keys", length=197, options={**one_key, "top_k": 256})
-        learn_all = {"top_k": 40, "learn_all": True}
-        yield Case(operator, dtype, "KL over all keys", batch=2, length=197, options=one_key | learn_all)
-        yield Case(operator, dtype, "KL over all keys, packed", documents=DOCUMENTS, options=grouped | learn_all)
-    elif operator == "dsa_select":
-        wide, odd = {"J": 8, "E": 64}, {"J": 3, "E": 24}
-        for what, top_k, local in (("ties", 40, 0), ("ties, forced tokens", 70, 9)):
-            options = {"top_k": top_k, "local": local}
-            yield Case(operator, dtype, what, batch=2, length=397, decode=True, options=options | wide)
-            yield Case(operator, dtype, f"{what}, packed", documents=DOCUMENTS, decode=True, options=options | odd)
-        options = {"top_k": 2048, "local": 64}
-        yield Case(operator, dtype, "one token", length=1, decode=True, options={"top_k": 4, "local": 2} | odd)
-        yield Case(operator, dtype, "ties, long", length=5000, decode=True, options=options | wide)
     else:
         yield from _recurrence_cases(operator, dtype)
 
@@ -448,14 +263,3 @@ def _attention_cases(dtype: torch.dtype, backend: str) -> Iterator[Case]:
     yield Case("attention", dtype, "earlier keys", grouped, batch=2, length=197, options={"n_before": 100})
     earlier = {"n_before": 100, "window": 33}  # in the middle of a document
     yield Case("attention", dtype, "packed, window, earlier keys", heads, documents=DOCUMENTS, options=earlier)
-
-
-def _nsa_cases(dtype: torch.dtype) -> Iterator[Case]:
-    sizes, grouped = Sizes(16, 1, 128, 128), Sizes(6, 2, 40, 40)
-    options, few = {"block_size": 64, "n_blocks": 16}, {"block_size": 16, "n_blocks": 4}
-    yield Case("nsa", dtype, "odd length", sizes, batch=1, length=1201, options=options)
-    yield Case("nsa", dtype, "few blocks, odd heads", grouped, batch=2, length=197, options=few)
-    yield Case("nsa", dtype, "one token, single head", ONE_HEAD, batch=2, length=1, options=few)
-    yield Case("nsa", dtype, "packed", sizes, documents=DOCUMENTS, options={"block_size": 32, "n_blocks": 3})
-    yield Case("nsa", dtype, "packed, odd heads", grouped, documents=DOCUMENTS, options=few)
-    yield Case("nsa", dtype, "token by token", grouped, batch=2, length=48, decode=True, options=few)

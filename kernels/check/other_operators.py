@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lt2titan.kernels.check.recurrences import Sizes
 
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
@@ -20,23 +19,23 @@ def convolution_inputs(
     batch: int, length: int, n_sequences: int, *, D: int, W: int, bias: bool = False, activation: str = "silu"
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    inputs = {"x": _normal(generator, batch, length, D), "weight": _normal(generator, D, W)}
+    inputs = {"x": normal(generator, batch, length, D), "weight": normal(generator, D, W)}
     if bias:
-        inputs["bias"] = _normal(generator, D)
-    inputs["initial_state"] = _normal(generator, n_sequences, D, W - 1)
+        inputs["bias"] = normal(generator, D)
+    inputs["initial_state"] = normal(generator, n_sequences, D, W - 1)
     return inputs
 
 
 def norm_inputs(batch: int, length: int, H: int, D: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = (batch, length, H, D)
-    return {"x": _normal(generator, *rows), "gate": _normal(generator, *rows), "weight": _normal(generator, D)}
+    return {"x": normal(generator, *rows), "gate": normal(generator, *rows), "weight": normal(generator, D)}
 
 
 def attention_inputs(batch: int, length: int, sizes: Sizes) -> dict[str, Tensor]:
     """H query heads; HV key and value heads, all of width K."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (_normal(generator, batch, length, n_heads, sizes.K) for n_heads in (sizes.H, sizes.HV, sizes.HV))
+    q, k, v = (normal(generator, batch, length, n_heads, sizes.K) for n_heads in (sizes.H, sizes.HV, sizes.HV))
     return {"q": q, "k": k, "v": v}
 
 
@@ -53,104 +52,3 @@ def attention_definition(q: Tensor, k: Tensor, v: Tensor, *, window: int, docume
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-def nsa_probabilities(q: Tensor, k: Tensor, block_size: int, documents: Sequence[int]) -> Tensor:
-    """Probability (B, Hkv, L, C) of each block of a query's document by softmax over the means of the past ones, summed
-    over the heads of a group; C is the most blocks that a document has, counted from its start."""
-    weights = _compressed_weights(q, k, block_size, documents)
-    return weights.unflatten(1, (k.shape[2], -1)).sum(dim=2)
-
-
-def chosen_mass(blocks: Tensor, probabilities: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Of the blocks (B, L, Hkv, n) that queries at ``positions`` (L,) chose, the sum (B, L, Hkv) of their
-    ``probabilities`` (B, Hkv, L, C); a block that must be chosen counts 1, one that must not -1."""
-    block = torch.arange(probabilities.shape[-1], device=positions.device)
-    own = positions[:, None] // block_size
-    worth = probabilities.masked_fill((block == 0) | (block == own) | (block == own - 1), 1.0)
-    worth = F.pad(worth.masked_fill(block > own, -1.0), (0, 1))  # the last for "none"
-    index = blocks.long().transpose(1, 2)
-    return worth.gather(-1, index.where(index >= 0, probabilities.shape[-1])).sum(dim=-1).transpose(1, 2)
-
-
-def nsa_definition(
-    q: Tensor, k: Tensor, v: Tensor, *, blocks: Tensor, block_size: int, documents: Sequence[int]
-) -> Tensor:
-    """Attention to the means of past blocks, and to the tokens of ``blocks`` (B, L, Hkv, n), with all masks written
-    out; (B, L, 2 H, D)."""
-    n_groups = q.shape[2] // k.shape[2]
-    compressed, first = [], 0
-    weights = _compressed_weights(q, k, block_size, documents)
-    seen = torch.zeros(q.shape[0], k.shape[2], q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
-    for length in documents:
-        last, n_blocks = first + length, length // block_size
-        whole = v[:, first : first + n_blocks * block_size].unflatten(1, (n_blocks, block_size)).mean(dim=2)
-        whole = whole.repeat_interleave(n_groups, dim=2)
-        compressed.append(torch.einsum("bhic,bchd->bihd", weights[:, :, first:last, :n_blocks], whole))
-        block = torch.arange(length, device=q.device) // block_size
-        chosen = (blocks[:, first:last, :, :, None] == block).any(dim=3).transpose(1, 2)  # (B, Hkv, n, n)
-        seen[:, :, first:last, first:last] = chosen.tril()
-        first = last
-    k, v, seen = k.repeat_interleave(n_groups, 2), v.repeat_interleave(n_groups, 2), seen.repeat_interleave(n_groups, 1)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    selected = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), v)
-    return torch.cat([torch.cat(compressed, dim=1), selected], dim=2)
-
-
-def _compressed_weights(q: Tensor, k: Tensor, block_size: int, documents: Sequence[int]) -> Tensor:
-    """(B, H, L, C): softmax of each query's scores with the means of the blocks of its document that are past."""
-    n_columns = -(-max(documents) // block_size)
-    weights, first = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], n_columns), 0
-    for length in documents:
-        n_blocks, begin = length // block_size, block_size - 1  # the first token that has a past block
-        if n_blocks:
-            means = k[:, first : first + n_blocks * block_size].unflatten(1, (n_blocks, block_size)).mean(dim=2)
-            means = means.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-            scores = torch.einsum("bihd,bchd->bhic", q[:, first + begin : first + length], means) * q.shape[-1] ** -0.5
-            ends = torch.arange(1, n_blocks + 1, device=q.device) * block_size
-            is_past = ends <= torch.arange(begin, length, device=q.device)[:, None] + 1
-            rows = scores.masked_fill(~is_past, -torch.inf).softmax(dim=-1)
-            rows = F.pad(rows, (0, n_columns - n_blocks, begin, 0))
-            weights = weights.slice_scatter(rows, 2, first, first + length)
-        first += length
-    return weights
-
-
-def dsa_inputs(batch: int, length: int, *, H: int, HV: int, K: int, J: int, E: int) -> dict[str, Tensor]:
-    """H query heads on HV key heads of width K; J index heads of width E on one index key."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"index_q": (J, E), "index_k": (E,), "w": (J,), "q": (H, K), "k": (HV, K), "v": (HV, K)}
-    inputs = {name: _normal(generator, batch, length, *shape) for name, shape in shapes.items()}
-    inputs["w"] *= (J * E) ** -0.5
-    return inputs
-
-
-def dsa_definition(
-    index_q: Tensor,
-    index_k: Tensor,
-    w: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    indices: Tensor,
-    documents: Sequence[int],
-    is_dense: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention (B, L, H, D) to the selected keys, and the KL () over them or over all, with (B, H, L, L) tensors."""
-    n_groups, length = q.shape[2] // k.shape[2], q.shape[1]
-    k, v = k.repeat_interleave(n_groups, dim=2), v.repeat_interleave(n_groups, dim=2)
-    products = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    learned = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=q.device)
-    learned = learned.scatter(2, torch.where(indices < 0, length, indices).long(), True)[..., :length]
-    p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
-    o = torch.einsum("bhij,bjhd->bihd", p, v)
-    if is_dense:
-        learned = torch.zeros_like(learned)
-        for start, end in pairwise([0, *accumulate(documents)] if documents else [0, length]):
-            learned[:, start:end, start:end] = torch.ones(end - start, end - start, device=q.device).tril().bool()
-        p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
-    scores = torch.einsum("bij,bijs->bis", w, torch.einsum("bije,bse->bijs", index_q, index_k).relu())
-    log_q = scores.masked_fill(~learned, -torch.inf).log_softmax(dim=-1)[learned]
-    target = p.detach().mean(dim=1)[learned]
-    return o, (torch.special.xlogy(target, target) - target * log_q).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lt2titan.kernels.check.cases import Case
+from lt2titan.kernels.check.case import Case
 
 # Rounding to bf16 costs 2^-9 per value and to fp16 2^-11; fp32 products run on TF32 tensor cores on a GPU (2^-11) and
 # are exact to 2^-24 on a CPU. A few such steps add up, most where a decay near 1 keeps everything: measured 8.2e-3 in

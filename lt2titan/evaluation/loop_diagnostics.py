@@ -65,7 +65,11 @@ class _LoopLens(LoopObserver):
         is_valid = targets != IGNORE_INDEX
         self.n_tokens = is_valid.sum().double()
         # Chosen within each row, so that figures do not depend on how rows are dealt out to ranks and batches.
-        self.queries = torch.arange(0, length, -(-length // QUERIES_PER_ROW), device=targets.device)
+        # Under context parallelism a row is all of its stretches.
+        part = model.stretches
+        step = -(-length * part.n_ranks // QUERIES_PER_ROW)
+        first = min(-part.rank * length % step, length)
+        self.queries = torch.arange(first, length, step, device=targets.device)
         self.counted = is_valid[:, self.queries]  # (B, n)
         starts = torch.arange(0, n_rows * length, length, device=targets.device)
         self.packed_queries = (starts[:, None] + self.queries).flatten()

@@ -3,6 +3,8 @@
 Every rank of the group has other heads and channels of the same layers, and sees the same tokens. Parameters are
 DTensors, so that FSDP2, the optimizer and checkpoints know them whole; computation is on plain tensors, so that kernels
 and compiled graphs need not know of DTensors.
+
+Context parallelism, whose ranks have all of every layer and other tokens, uses the same collectives: model/stretch.py.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from torch.distributed.tensor import DTensor, Partial
 
 
 class Share(NamedTuple):
-    """Which of ``n_ranks`` equal shares of the heads this rank has. group is the ranks' process group by name, which
-    compiled graphs can hold; "" when there is one share."""
+    """Which of ``n_ranks`` equal shares this rank has: of the heads (tensor parallelism), or of every row's tokens
+    (context parallelism). group is the ranks' process group by name, which compiled graphs can hold; "" when there is
+    one share."""
 
     rank: int = 0
     n_ranks: int = 1

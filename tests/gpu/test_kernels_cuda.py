@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
 
 from lt2titan.kernels.backend import resolve_backend
 from lt2titan.kernels.check.__main__ import check, limit_tuning
-from lt2titan.kernels.check.cases import OPERATORS, Case, cases_of
+from lt2titan.kernels.check.case import Case
+from lt2titan.kernels.check.cases import OPERATORS, cases_of
 from lt2titan.kernels.check.recurrences import RECURRENCES, Draw, Sizes
 from lt2titan.kernels.gated_rms_norm import _gated_rms_norm, gated_rms_norm
 from lt2titan.kernels.nsa import (

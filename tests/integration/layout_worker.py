@@ -91,7 +91,7 @@ def main(folder: Path, names: list[str]) -> None:
             train(cases[name], own)
             dist.barrier()
             clean_up()
-        except BaseException:
+        except BaseException:  # whatever it was: this case has failed, and a new launch goes on with the next
             (own / f"failed-{rank}").write_text(traceback.format_exc())
             os._exit(1)
         if rank == 0:

@@ -23,7 +23,8 @@ if _missing := [name for name in ("triton", "fla", "einops") if importlib.util.f
 
 import triton_interpreter
 
-from lt2titan.kernels.check.cases import Case, errors_of
+from lt2titan.kernels.check.case import Case
+from lt2titan.kernels.check.cases import errors_of
 from lt2titan.kernels.check.recurrences import RECURRENCES, Draw, Sizes
 from lt2titan.kernels.gated_rms_norm import _gated_rms_norm
 from lt2titan.kernels.nsa import _compressed, _select, _selected, block_layout, compress

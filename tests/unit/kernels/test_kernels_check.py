@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lt2titan.kernels.check import __main__ as command
-from lt2titan.kernels.check.cases import OPERATORS, Case, cases_of, errors_of
+from lt2titan.kernels.check.case import Case
+from lt2titan.kernels.check.cases import OPERATORS, cases_of, errors_of
 from lt2titan.kernels.gated_delta_rule import OPERATOR
 
 

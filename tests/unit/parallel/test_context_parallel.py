@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
+from lt2titan.evaluation import loop_diagnostics
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
 from lt2titan.kernels.attention.ring import ring_problem
 from lt2titan.metrics.loop_statistics import LoopStatistics
@@ -76,6 +77,7 @@ def recompute_and_fewer_loops() -> None:
 
 
 def diagnosed_and_observed_alike() -> None:
+    loop_diagnostics.QUERIES_PER_ROW = 3  # every fourth token, which in the second half is not its first
     dims = mesh(2)
     for packed in (False, True):
         shape, text = config("gdn", "full"), batches(0, packed)
@@ -95,8 +97,14 @@ def evaluated_alike() -> None:
 
 
 def collectives_per_visit() -> None:
-    """One gather of keys and values; one of a recurrence's ends and one for each of its three convolutions."""
+    """One gather of keys and values; one of a recurrence's ends and one for each of its three convolutions.
+
+    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For retnet: 2 states of
+    12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states of 6 x 6 with 6 x 6, and 3 tokens of 12, 12
+    and 24 channels. Of two ranks each sends its own.
+    """
     dims = mesh(2)
+    sizes = {"full": 2 * 6 * 2 * 4, "retnet": 2 * 12 * (10 + 12), "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24)}
     for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4)):
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
@@ -113,6 +121,7 @@ def collectives_per_visit() -> None:
         once = {"n_microbatches": 1, "n_loops": 3, "n_backward_loops": 0}
         predicted = of_activations(core, Layout(n_context=2), KEEP_ALL, **once)
         assert [sent.n_times for sent in predicted.values()] == [n_gathers * n_visits] * 2
+        assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name
 
 
 def memory_as_predicted() -> None:
