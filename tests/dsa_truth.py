@@ -1,4 +1,5 @@
-"""DeepSeek Sparse Attention with L x L tensors and autograd: the truth for kernels/dsa."""
+"""DeepSeek Sparse Attention with L x Lk tensors and autograd: the truth for kernels/dsa. The last keys are the queries'
+own."""
 
 from __future__ import annotations
 
@@ -17,36 +18,42 @@ def seen_mask(length: int, documents: Sequence[int] = ()) -> Tensor:
     return seen
 
 
+def seen_rows(batch: int, n_queries: int, n_keys: int, documents: Sequence[int] = ()) -> Tensor:
+    """(B, L, Lk) of rows, over all of which ``documents`` lie end to end."""
+    seen = seen_mask(batch * n_keys, documents or [n_keys] * batch).view(batch, n_keys, batch, n_keys)
+    return torch.stack([seen[row, n_keys - n_queries :, row] for row in range(batch)])
+
+
 def scores(index_q: Tensor, index_k: Tensor, w: Tensor) -> Tensor:
-    """(B, L, L), one index head after another."""
+    """(B, L, Lk), one index head after another."""
     heads = [w[:, :, j, None] * torch.relu(index_q[:, :, j] @ index_k.transpose(1, 2)) for j in range(index_q.shape[2])]
     return torch.stack(heads).sum(0)
 
 
 def chosen(scores: Tensor, seen: Tensor, top_k: int, forced_first: bool = False, forced_local: int = 0) -> Tensor:
-    """(B, L, L) bool: a key is chosen if fewer than top_k visible keys come before it in the order of (forced first,
+    """(B, L, Lk) bool: a key is chosen if fewer than top_k visible keys come before it in the order of (forced first,
     greater score, earlier)."""
-    length = scores.shape[-1]
-    place = torch.arange(length)
-    forced = seen & (place > place[:, None] - forced_local)
+    n_queries, n_keys = scores.shape[-2:]
+    place = torch.arange(n_keys)
+    forced = seen & (place > place[n_keys - n_queries :, None] - forced_local)
     if forced_first:
         forced |= seen & (place == seen.int().argmax(-1, keepdim=True))
     scores = scores.masked_fill(forced, torch.inf)
     own, other = scores[..., :, None], scores[..., None, :]
     before = (other > own) | ((other == own) & (place[None, :] < place[:, None]))
-    n_before = (before & seen[:, None, :]).sum(-1)
+    n_before = (before & seen[..., None, :]).sum(-1)
     return seen & (n_before < top_k)
 
 
-def as_mask(indices: Tensor) -> Tensor:
-    """(B, L, K) places, -1 for none -> (B, L, L) bool."""
-    length = indices.shape[1]
-    padded = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool)
-    return padded.scatter(2, indices.long().masked_fill(indices < 0, length), True)[..., :length]
+def as_mask(indices: Tensor, n_keys: int = 0) -> Tensor:
+    """(B, L, K) places, -1 for none -> (B, L, Lk) bool; as many keys as queries by default."""
+    n_keys = n_keys or indices.shape[1]
+    padded = torch.zeros(*indices.shape[:2], n_keys + 1, dtype=torch.bool)
+    return padded.scatter(2, indices.long().masked_fill(indices < 0, n_keys), True)[..., :n_keys]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention where mask (B, L, L) allows; output, and probabilities (B, H, L, L)."""
+    """Softmax attention where mask (B, L, Lk) allows; output, and probabilities (B, H, L, Lk)."""
     n_groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(n_groups, dim=2), v.repeat_interleave(n_groups, dim=2)
     products = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5

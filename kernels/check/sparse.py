@@ -17,12 +17,16 @@ from lt2titan.kernels.check.sparse_definitions import (
     dsa_inputs,
     nsa_definition,
     nsa_probabilities,
+    seen_rows,
 )
 from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select
 from lt2titan.kernels.dsa.reference import select_reference
 from lt2titan.kernels.nsa import block_layout, compress, compressed_attention, select_blocks, selected_attention
 from lt2titan.kernels.nsa.cached import cached_branches
 from lt2titan.kernels.nsa.reference import choose_blocks
+
+ROWS = (120, 14, 3, 60, 134, 30, 33)
+"""Documents of two rows, as long; one begins before the 100th token of its row and ends after it."""
 
 
 def build_nsa(case: Case, packing: Packing, backend: str) -> Built:
@@ -72,10 +76,13 @@ def build_dsa(case: Case, packing: Packing, backend: str) -> Built:
     """
     options = dict(case.options)
     top_k, is_dense = options.pop("top_k"), options.pop("learn_all", False)
-    inputs = {name: x.to(case.dtype) for name, x in dsa_inputs(packing.batch, packing.length, **options).items()}
+    n_rows, n_before = options.pop("rows", packing.batch), options.pop("n_before", 0)
+    n_keys = packing.batch * packing.length // n_rows
+    inputs = {name: x.to(case.dtype) for name, x in dsa_inputs(n_rows, n_keys, **options).items()}
     chosen: list[Tensor] = []
 
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
+        x = _later_queries(x, n_before)
         index, tokens, bounds = (x["index_q"], x["index_k"], x["w"]), (x["q"], x["k"], x["v"]), packing.cu_seqlens
         selection = dsa_select(*index, top_k=top_k, forced_first=True, cu_seqlens=bounds, backend=backend)
         o, lse = dsa_attention(*tokens, selection, backend=backend)
@@ -84,24 +91,30 @@ def build_dsa(case: Case, packing: Packing, backend: str) -> Built:
         return o, dsa_indexer_kl(*index, x["q"], x["k"], **learned, backend=backend)
 
     def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        return dsa_definition(**x, indices=chosen[0], documents=case.documents, is_dense=is_dense)
+        seen = seen_rows(n_rows, n_keys, n_before, case.documents, x["q"].device) if is_dense else None
+        return dsa_definition(**_later_queries(x, n_before), indices=chosen[0], seen=seen)
 
     return Built(inputs, run, define)
+
+
+def _later_queries(inputs: dict[str, Tensor], n_before: int) -> dict[str, Tensor]:
+    """All keys, and the queries of tokens after the first ``n_before`` of each row: a stretch of a longer row."""
+    return {name: x[:, n_before:] if name in ("index_q", "w", "q") else x for name, x in inputs.items()}
 
 
 def build_dsa_select(case: Case, packing: Packing, backend: str) -> Built:
     """Selections by scores that are exact in any dtype, and mostly tied: those of small whole numbers."""
     options = case.options
-    inputs = dsa_inputs(packing.batch, packing.length, H=1, HV=1, K=1, J=options["J"], E=options["E"])
+    n_rows, n_before = options.get("rows", packing.batch), options.get("n_before", 0)
+    n_keys = packing.batch * packing.length // n_rows
+    inputs = dsa_inputs(n_rows, n_keys, H=1, HV=1, K=1, J=options["J"], E=options["E"])
     index = {name: inputs[name].sign() * (inputs[name].abs() > 1) for name in ("index_q", "index_k")}
     index["w"] = inputs["w"].sign()
     top_k, local = options["top_k"], options["local"]
 
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
         selection = dsa_select(
-            x["index_q"],
-            x["index_k"],
-            x["w"],
+            **_later_queries(x, n_before),
             top_k=top_k,
             forced_first=local > 0,
             forced_local=local,
@@ -111,9 +124,8 @@ def build_dsa_select(case: Case, packing: Packing, backend: str) -> Built:
         return (selection.double(),)
 
     def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
-        return (
-            select_reference(x["index_q"], x["index_k"], x["w"], packing.cu_seqlens, top_k, local > 0, local).double(),
-        )
+        chosen = select_reference(x["index_q"], x["index_k"], x["w"], packing.cu_seqlens, top_k, local > 0, local)
+        return (chosen[:, n_before:].double(),)
 
     return Built({name: x.to(case.dtype) for name, x in index.items()}, run, define)
 
@@ -140,6 +152,10 @@ def dsa_cases(dtype: torch.dtype) -> Iterator[Case]:
     learn_all = {"top_k": 40, "learn_all": True}
     yield Case(operator, dtype, "KL over all keys", batch=2, length=197, options=one_key | learn_all)
     yield Case(operator, dtype, "KL over all keys, packed", documents=DOCUMENTS, options=grouped | learn_all)
+    for what, learned in (("", {"top_k": 40}), (", KL over all keys", learn_all)):
+        later = {**grouped, **learned, "n_before": 100}
+        yield Case(operator, dtype, f"earlier keys{what}", batch=2, length=197, options=later)
+        yield Case(operator, dtype, f"packed rows, earlier keys{what}", documents=ROWS, options=later | {"rows": 2})
 
 
 def dsa_select_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -149,6 +165,10 @@ def dsa_select_cases(dtype: torch.dtype) -> Iterator[Case]:
         options = {"top_k": top_k, "local": local}
         yield Case(operator, dtype, what, batch=2, length=397, decode=True, options=options | wide)
         yield Case(operator, dtype, f"{what}, packed", documents=DOCUMENTS, decode=True, options=options | odd)
+        later = options | odd | {"n_before": 100}
+        yield Case(operator, dtype, f"{what}, earlier keys", batch=2, length=397, decode=True, options=later)
+        of_rows = later | {"rows": 2}
+        yield Case(operator, dtype, f"{what}, packed rows, earlier keys", documents=ROWS, decode=True, options=of_rows)
     options = {"top_k": 2048, "local": 64}
     yield Case(operator, dtype, "one token", length=1, decode=True, options={"top_k": 4, "local": 2} | odd)
     yield Case(operator, dtype, "ties, long", length=5000, decode=True, options=options | wide)

@@ -73,6 +73,16 @@ def _compressed_weights(q: Tensor, k: Tensor, block_size: int, documents: Sequen
     return weights
 
 
+def seen_rows(batch: int, length: int, n_before: int, documents: Sequence[int], device: torch.device) -> Tensor:
+    """(B, length - n_before, length): which keys the queries of each row see, without those of its first n_before
+    tokens; ``documents`` lie end to end over all rows, none in two of them."""
+    seen = torch.zeros(batch * length, batch * length, dtype=torch.bool, device=device)
+    for start, end in pairwise([0, *accumulate(documents or [length] * batch)]):
+        seen[start:end, start:end] = torch.ones(end - start, end - start, device=device).tril().bool()
+    rows = [slice(row * length, (row + 1) * length) for row in range(batch)]
+    return torch.stack([seen[row, row][n_before:] for row in rows])
+
+
 def dsa_inputs(batch: int, length: int, *, H: int, HV: int, K: int, J: int, E: int) -> dict[str, Tensor]:
     """H query heads on HV key heads of width K; J index heads of width E on one index key."""
     generator = torch.Generator().manual_seed(0)
@@ -91,21 +101,19 @@ def dsa_definition(
     v: Tensor,
     *,
     indices: Tensor,
-    documents: Sequence[int],
-    is_dense: bool,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention (B, L, H, D) to the selected keys, and the KL () over them or over all, with (B, H, L, L) tensors."""
-    n_groups, length = q.shape[2] // k.shape[2], q.shape[1]
+    """Attention (B, L, H, D) to the selected keys, and the KL () over them, or over all that are ``seen`` (B, L, Lk),
+    with (B, H, L, Lk) tensors."""
+    n_groups, length = q.shape[2] // k.shape[2], k.shape[1]
     k, v = k.repeat_interleave(n_groups, dim=2), v.repeat_interleave(n_groups, dim=2)
     products = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     learned = torch.zeros(*indices.shape[:2], length + 1, dtype=torch.bool, device=q.device)
     learned = learned.scatter(2, torch.where(indices < 0, length, indices).long(), True)[..., :length]
     p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
     o = torch.einsum("bhij,bjhd->bihd", p, v)
-    if is_dense:
-        learned = torch.zeros_like(learned)
-        for start, end in pairwise([0, *accumulate(documents)] if documents else [0, length]):
-            learned[:, start:end, start:end] = torch.ones(end - start, end - start, device=q.device).tril().bool()
+    if seen is not None:
+        learned = seen
         p = products.masked_fill(~learned[:, None], -torch.inf).softmax(dim=-1)
     scores = torch.einsum("bij,bijs->bis", w, torch.einsum("bije,bse->bijs", index_q, index_k).relu())
     log_q = scores.masked_fill(~learned, -torch.inf).log_softmax(dim=-1)[learned]

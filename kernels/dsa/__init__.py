@@ -32,16 +32,18 @@ def dsa_select(
 
     Args:
         index_q: (B, L, J, E), rotated.
-        index_k: (B, L, E), rotated: one key for all index heads.
+        index_k: (B, Lk, E), rotated: one key for all index heads. A row may have keys of earlier tokens that have no
+            query here: its last L keys are those of its queries.
         w: (B, L, J), the heads' weights with all scales in them.
         top_k: keys to choose.
         forced_first: the first token of the document is always among them.
         forced_local: and so are the last tokens, as many as this, the query's own included.
-        cu_seqlens: (N + 1,) int32 document boundaries over L; then B must be 1.
+        cu_seqlens: (N + 1,) int32 document boundaries over the keys of all rows, flattened (B Lk); none goes on in
+            another row.
         backend: "reference" or "fla" (GPU kernels).
 
     Returns:
-        (B, L, min(top_k, L)) int32 places in the row, ascending, then -1 where fewer keys are visible.
+        (B, L, min(top_k, Lk)) int32 places in the row of keys, ascending, then -1 where fewer keys are visible.
 
     Raises:
         ValueError: shapes or numbers that do not fit together, or a dtype that the GPU kernels do not take.
@@ -64,7 +66,7 @@ def dsa_attention(
 
     Args:
         q: (B, L, H, D).
-        k, v: (B, L, Hkv, D) with H a multiple of Hkv.
+        k, v: (B, Lk, Hkv, D) with H a multiple of Hkv.
         indices: (B, L, K) from `dsa_select`, at least one key for each query.
         scale: of q . k, by default D^-0.5.
         backend: as above.
@@ -112,10 +114,10 @@ def dsa_indexer_kl(
     """
     _check_index("dsa_indexer_kl", index_q, index_k, w, cu_seqlens, backend)
     _check_attention("dsa_indexer_kl", q, k, backend)
-    if (indices is None) != (lse is None) or q.shape[:2] != index_q.shape[:2]:
+    if (indices is None) != (lse is None) or (q.shape[:2], k.shape[:2]) != (index_q.shape[:2], index_k.shape[:2]):
         raise ValueError(
-            f"dsa_indexer_kl: indices come with lse, and q is (B, L, H, D) for index_q {tuple(index_q.shape)}, got "
-            f"{tuple(q.shape)}"
+            "dsa_indexer_kl: indices come with lse, q has as many tokens as index_q and k as many as index_k, got "
+            f"{tuple(q.shape)}, {tuple(index_q.shape)}, {tuple(k.shape)}, {tuple(index_k.shape)}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kl, *_ = indexer_kl(index_q, index_k, w, q.detach(), k.detach(), indices, lse, cu_seqlens, scale, backend)
@@ -126,20 +128,21 @@ def _check_index(
     name: str, index_q: Tensor, index_k: Tensor, w: Tensor, cu_seqlens: Tensor | None, backend: str
 ) -> None:
     batch, length, n_heads, width = index_q.shape
-    if index_k.shape != (batch, length, width) or w.shape != (batch, length, n_heads):
+    fits = index_k.dim() == 3 and index_k.shape[::2] == (batch, width) and index_k.shape[1] >= length
+    if not fits or w.shape != (batch, length, n_heads):
         raise ValueError(
-            f"{name}: index_q is (B, L, J, E), index_k (B, L, E) and w (B, L, J), got "
+            f"{name}: index_q is (B, L, J, E), index_k (B, Lk, E) with Lk at least L, and w (B, L, J), got "
             f"{tuple(index_q.shape)}, {tuple(index_k.shape)}, {tuple(w.shape)}"
         )
-    check_packed(name, batch, cu_seqlens, None)
+    check_packed(name, 1, cu_seqlens, None)  # boundaries are those of flattened rows
     _check_backend(name, index_q, backend)
 
 
 def _check_attention(name: str, q: Tensor, k: Tensor, backend: str) -> None:
-    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+    if k.shape[::3] != q.shape[::3] or k.shape[1] < q.shape[1] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{name}: q is (B, L, H, D) and k (B, L, Hkv, D) with H a multiple of Hkv, got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}"
+            f"{name}: q is (B, L, H, D) and k (B, Lk, Hkv, D) with Lk at least L and H a multiple of Hkv, got "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
         )
     _check_backend(name, q, backend)
 

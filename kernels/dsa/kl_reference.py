@@ -50,15 +50,16 @@ def kl_dense_reference(
     index_q: Tensor, index_k: Tensor, w: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float
 ) -> KL:
     """Over all earlier keys of the document."""
-    batch, length, n_heads, _ = q.shape
-    starts, tokens = document_starts(length, cu_seqlens, q.device), torch.arange(length, device=q.device)
+    (batch, length, n_heads, _), n_keys = q.shape, k.shape[1]
+    starts, places = document_starts(batch, length, n_keys, cu_seqlens, q.device), torch.arange(n_keys, device=q.device)
+    own = places[n_keys - length :]
     total, dk = precise(q).new_zeros(()), torch.zeros_like(precise(index_k))
     dqs, dws = [], []
-    for rows in query_blocks(length, batch * (n_heads + index_q.shape[2]) * length):
-        seen = slice(0, rows.stop)
-        visible = (tokens[seen] <= tokens[rows, None]) & (tokens[seen] >= starts[rows, None])  # (n, m)
+    for rows in query_blocks(length, batch * (n_heads + index_q.shape[2]) * n_keys):
+        seen = slice(0, n_keys - length + rows.stop)
+        visible = (places[seen] <= own[rows, None]) & (places[seen] >= starts[:, rows, None])  # (B, n, m)
         scores = torch.einsum("bnhgd,bmhd->bnhgm", _grouped(q[:, rows], k.shape[2]), precise(k[:, seen])) * scale
-        target = scores.masked_fill_(~visible[:, None, None], -torch.inf).softmax(dim=-1).mean(dim=(2, 3))
+        target = scores.masked_fill_(~visible[:, :, None, None], -torch.inf).softmax(dim=-1).mean(dim=(2, 3))
         keys = precise(index_k[:, seen])
         iq, iw = precise(index_q[:, rows]), precise(w[:, rows])
         products = torch.einsum("bnje,bme->bnjm", iq, keys).relu()

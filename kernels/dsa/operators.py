@@ -25,7 +25,7 @@ def select(
     forced_local: int,
     backend: str,
 ) -> Tensor:
-    """Selections (B, L, min(top_k, L)) int32."""
+    """Selections (B, L, min(top_k, Lk)) int32."""
     if backend == "reference":
         return select_reference(index_q, index_k, w, cu_seqlens, top_k, forced_first, forced_local)
     from lt2titan.kernels.dsa import triton_select
@@ -45,7 +45,7 @@ def _(
     backend: str,
 ) -> Tensor:
     batch, length = index_q.shape[:2]
-    return index_q.new_empty(batch, length, min(top_k, length), dtype=torch.int32)
+    return index_q.new_empty(batch, length, min(top_k, index_k.shape[1]), dtype=torch.int32)
 
 
 @torch.library.custom_op("lt2titan::dsa_attention", mutates_args=())

@@ -4,8 +4,9 @@
     S_t  = the top_k keys of greatest score among those that t sees; of equal scores the earlier key wins
     o_t  = softmax over S_t of q_t . k_s, times v_s
 
-Shapes: B rows, L tokens, H query heads in groups of G per key head, Hkv key heads, D head width, J index heads of width
-E with one key for all, K slots of a selection. Computed in fp32 at least, fp64 for fp64 inputs.
+Shapes: B rows, L queries, Lk keys, H query heads in groups of G per key head, Hkv key heads, D head width, J index
+heads of width E with one key for all, K slots of a selection. A row may have keys of earlier tokens that have no query
+here: its last L keys are those of its queries. Computed in fp32 at least, fp64 for fp64 inputs.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ def query_blocks(length: int, numbers_per_query: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def document_starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """(L,) int64: where each token's document begins in the row."""
-    tokens = torch.arange(length, device=device)
+def document_starts(batch: int, length: int, n_keys: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """(B, L) int64: where each query's document begins in its row of ``n_keys`` keys; with the row at the latest.
+
+    cu_seqlens: boundaries over the keys of all rows, flattened; None: a row is one document.
+    """
     if cu_seqlens is None:
-        return torch.zeros_like(tokens)
-    bounds = cu_seqlens.to(tokens.dtype)
-    return bounds[torch.bucketize(tokens, bounds[1:], right=True)]
+        return torch.zeros(batch, length, dtype=torch.int64, device=device)
+    rows = torch.arange(0, batch * n_keys, n_keys, device=device)[:, None]
+    keys = rows + torch.arange(n_keys - length, n_keys, device=device)
+    bounds = cu_seqlens.to(keys.dtype)
+    return (bounds[torch.bucketize(keys, bounds[1:], right=True)] - rows).clamp(min=0)
 
 
 def index_scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
@@ -65,31 +70,32 @@ def top_slots(scores: Tensor, visible: Tensor, forced: Tensor | None, n_slots: i
 def select_reference(
     q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor | None, top_k: int, forced_first: bool, forced_local: int
 ) -> Tensor:
-    """Selections (B, L, K) int32 of places in the row, K = min(top_k, L); see `top_slots`."""
-    batch, length, n_heads, _ = q.shape
-    starts = document_starts(length, cu_seqlens, q.device)
-    keys = torch.arange(length, device=q.device)
+    """Selections (B, L, K) int32 of places in the row of keys, K = min(top_k, Lk); see `top_slots`."""
+    (batch, length, n_heads, _), n_keys = q.shape, k.shape[1]
+    starts = document_starts(batch, length, n_keys, cu_seqlens, q.device)
+    keys = torch.arange(n_keys, device=q.device)
+    own = keys[n_keys - length :]
     selections = []
-    for rows in query_blocks(length, batch * n_heads * length):
-        seen = keys[: rows.stop]
-        t, start = keys[rows, None], starts[rows, None]
+    for rows in query_blocks(length, batch * n_heads * n_keys):
+        seen = keys[: n_keys - length + rows.stop]
+        t, start = own[rows, None], starts[:, rows, None]
         visible = (seen <= t) & (seen >= start)
         forced = visible & (seen > t - forced_local)
         if forced_first:
             forced |= seen == start
-        scores = index_scores(q[:, rows], k[:, : rows.stop], w[:, rows])
-        selections.append(top_slots(scores, visible[None], forced[None], min(top_k, length)))
+        scores = index_scores(q[:, rows], k[:, : len(seen)], w[:, rows])
+        selections.append(top_slots(scores, visible, forced, min(top_k, n_keys)))
     return torch.cat(selections, dim=1)
 
 
 def gather_keys(x: Tensor, indices: Tensor) -> Tensor:
-    """x (B, L, ...), indices (B, n, K), -1 for none (whatever is gathered there is no key) -> (B, n, K, ...)."""
+    """x (B, Lk, ...), indices (B, n, K), -1 for none (whatever is gathered there is no key) -> (B, n, K, ...)."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
     return x[rows, indices.clamp(min=0).long()]
 
 
 def _scatter_keys(total: Tensor, indices: Tensor, parts: Tensor) -> None:
-    """Add parts (B, n, K, ...) to total (B, L, ...) where `gather_keys` reads; parts are 0 where indices are -1."""
+    """Add parts (B, n, K, ...) to total (B, Lk, ...) where `gather_keys` reads; parts are 0 where indices are -1."""
     rows = torch.arange(total.shape[0], device=total.device)[:, None, None] * total.shape[1]
     total.flatten(0, 1).index_add_(0, (rows + indices.clamp(min=0)).flatten().long(), parts.flatten(0, 2))
 
@@ -107,7 +113,7 @@ def _selected_scores(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Ten
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, L, H, D), k, v (B, L, Hkv, D), indices (B, L, K) -> o (B, L, H, D) and the log of the sum of exponentials
+    """q (B, L, H, D), k, v (B, Lk, Hkv, D), indices (B, L, K) -> o (B, L, H, D) and the log of the sum of exponentials
     (B, L, H)."""
     outputs, lses = [], []
     for rows in query_blocks(q.shape[1], q.shape[0] * indices.shape[2] * (q.shape[2] + k.shape[2] * k.shape[3])):

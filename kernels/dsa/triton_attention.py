@@ -18,14 +18,15 @@ from lt2titan.kernels.dsa.inverse import inverse_chunks
 @triton.jit
 def _forward_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, Hkv, D)
-    v,  # (B, L, Hkv, D)
+    k,  # (B, Lk, Hkv, D)
+    v,  # (B, Lk, Hkv, D)
     indices,  # (B, L, N_SLOTS)
     counts,  # (B, L)
     o,  # (B, L, H, D)
     lse,  # (B, L, H)
     scale,
     length,
+    key_length,
     N_KV: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -51,7 +52,7 @@ def _forward_kernel(
         slots = slot + tl.arange(0, BLOCK)
         is_key = slots < count
         places = tl.load(indices + row * N_SLOTS + slots, mask=is_key, other=0)
-        key_rows = (batch.to(tl.int64) * length + places) * N_KV + kv
+        key_rows = (batch.to(tl.int64) * key_length + places) * N_KV + kv
         is_entry = is_key[:, None] & is_channel[None, :]
         k_tile = tl.load(k + key_rows[:, None] * WIDTH + channels, mask=is_entry, other=0.0)
         v_tile = tl.load(v + key_rows[:, None] * WIDTH + channels, mask=is_entry, other=0.0)
@@ -70,7 +71,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, Hkv, D)
+    k,  # (B, Lk, Hkv, D)
     v,
     indices,  # (B, L, N_SLOTS)
     counts,  # (B, L)
@@ -78,10 +79,11 @@ def _backward_kernel(
     delta,  # (B, L, H): do . o
     do,  # (B, L, H, D)
     dq,  # (B, L, H, D)
-    dk,  # (B, L, Hkv, D) fp32
+    dk,  # (B, Lk, Hkv, D) fp32
     dv,
     scale,
     length,
+    key_length,
     N_KV: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -110,7 +112,7 @@ def _backward_kernel(
         slots = slot + tl.arange(0, BLOCK)
         is_key = slots < count
         places = tl.load(indices + row * N_SLOTS + slots, mask=is_key, other=0)
-        at_keys = ((batch.to(tl.int64) * length + places) * N_KV + kv)[:, None] * WIDTH + channels
+        at_keys = ((batch.to(tl.int64) * key_length + places) * N_KV + kv)[:, None] * WIDTH + channels
         is_entry = is_key[:, None] & is_channel[None, :]
         k_tile = tl.load(k + at_keys, mask=is_entry, other=0.0)
         v_tile = tl.load(v + at_keys, mask=is_entry, other=0.0)
@@ -130,14 +132,14 @@ def _backward_kernel(
 @triton.jit
 def _keys_kernel(
     q,  # (B, L, H, D)
-    k,  # (B, L, Hkv, D)
+    k,  # (B, Lk, Hkv, D)
     v,
     queries,  # (n,): of each key in turn those that chose it, as rows of (B L)
-    bounds,  # (B L + 1,): of each key's queries
+    bounds,  # (B Lk + 1,): of each key's queries
     lse,  # (B, L, H)
     delta,
     do,  # (B, L, H, D)
-    dk,  # (B, L, Hkv, D) fp32, added to
+    dk,  # (B, Lk, Hkv, D) fp32, added to
     dv,
     scale,
     N_KV: tl.constexpr,
@@ -217,6 +219,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> t
         lse,
         scale,
         length,
+        k.shape[1],
         **sizes(q, k),
         N_SLOTS=indices.shape[2],
         BLOCK_GROUP=block_group(q, k),
@@ -259,6 +262,7 @@ def backward(
         dv,
         scale,
         length,
+        k.shape[1],
         **constants,
         N_SLOTS=indices.shape[2],
         BLOCK_GROUP=block_group(q, k),
@@ -268,8 +272,8 @@ def backward(
         num_warps=4,
     )
     if is_deterministic:
-        for queries, bounds, _ in inverse_chunks(indices):
-            _keys_kernel[(batch * length, k.shape[2])](
+        for queries, bounds, _ in inverse_chunks(indices, k.shape[1]):
+            _keys_kernel[(batch * k.shape[1], k.shape[2])](
                 q, k, v, queries, bounds, lse, delta, do, dk, dv, scale, **constants, BLOCK=32, num_warps=4
             )
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -15,20 +15,21 @@ from lt2titan.kernels.dsa.triton_attention import block_group, count_keys, preci
 @triton.jit
 def _kl_kernel(
     index_q,  # (B, L, J, E)
-    index_k,  # (B, L, E)
+    index_k,  # (B, Lk, E)
     w,  # (B, L, J)
     q,  # (B, L, H, D)
-    k,  # (B, L, Hkv, D)
+    k,  # (B, Lk, Hkv, D)
     lse,  # (B, L, H)
     indices,  # (B, L, N_SLOTS)
     counts,  # (B, L)
     kl,  # (B, L)
     d_index_q,  # (B, L, J, E)
-    d_index_k,  # (B, L, E) fp32
+    d_index_k,  # (B, Lk, E) fp32
     dw,  # (B, L, J)
     d_scores,  # (B, L, N_SLOTS) fp32, written unless ADDS_KEYS
     scale,
     length,
+    key_length,
     N_KV: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -45,8 +46,8 @@ def _kl_kernel(
 ):
     """One query."""
     token, batch = tl.program_id(0), tl.program_id(1)
-    base = batch.to(tl.int64) * length
-    row = base + token
+    base = batch.to(tl.int64) * key_length
+    row = batch.to(tl.int64) * length + token
     heads, channels = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_WIDTH)
     is_head, is_channel = heads < GROUP, channels < WIDTH
     j, e = tl.arange(0, BLOCK_INDEX), tl.arange(0, BLOCK_INDEX_WIDTH)
@@ -114,13 +115,13 @@ def _kl_kernel(
 @triton.jit
 def _keys_kernel(
     index_q,  # (B, L, J, E)
-    index_k,  # (B, L, E)
+    index_k,  # (B, Lk, E)
     w,  # (B, L, J)
     d_scores,  # (B, L, N_SLOTS), flattened
-    queries,  # (n,), bounds (B L + 1,), slots (n,): see inverse.py
+    queries,  # (n,), bounds (B Lk + 1,), slots (n,): see inverse.py
     bounds,
     slots,
-    d_index_k,  # (B, L, E) fp32, added to
+    d_index_k,  # (B, Lk, E) fp32, added to
     N_INDEX: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
     BLOCK_INDEX_WIDTH: tl.constexpr,
@@ -188,6 +189,7 @@ def kl_selected(
         d_scores,
         scale,
         length,
+        k.shape[1],
         **sizes(q, k),
         **index_sizes,
         N_SLOTS=indices.shape[2],
@@ -199,8 +201,8 @@ def kl_selected(
         num_warps=4,
     )
     if is_deterministic:
-        for queries, bounds, slots in inverse_chunks(indices):
-            _keys_kernel[(batch * length,)](
+        for queries, bounds, slots in inverse_chunks(indices, k.shape[1]):
+            _keys_kernel[(batch * k.shape[1],)](
                 index_q, index_k, w, d_scores, queries, bounds, slots, d_index_k, **index_sizes, BLOCK=32, num_warps=2
             )
     return kl.sum(), d_index_q, d_index_k.to(index_k.dtype), dw

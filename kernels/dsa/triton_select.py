@@ -24,11 +24,12 @@ TILE = 64
 @triton.jit
 def _order_kernel(
     q,  # (B, L, J, E)
-    k,  # (B, L, E)
+    k,  # (B, Lk, E)
     w,  # (B, L, J)
-    starts,  # (L,)
+    starts,  # (B, L)
     keys,  # (B, n_rows, n_keys) int32: sortable
     length,
+    key_length,  # Lk, of whose keys the last L are the queries' own
     first,  # query of the chunk
     n_rows,
     n_keys,
@@ -44,24 +45,25 @@ def _order_kernel(
     """Scores of a tile of queries and keys."""
     row, column, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    tokens = first + rows
+    token_rows = batch.to(tl.int64) * length + first + rows
+    own = key_length - length + first + rows
     places = column * BLOCK_K + tl.arange(0, BLOCK_K)
     is_row = rows < n_rows
-    start = tl.load(starts + tokens, mask=is_row, other=0)
-    last_token = first + tl.minimum(row * BLOCK_Q + BLOCK_Q, n_rows) - 1
-    first_start = tl.load(starts + first + row * BLOCK_Q)
+    start = tl.load(starts + token_rows, mask=is_row, other=0)
+    last_own = key_length - length + first + tl.minimum(row * BLOCK_Q + BLOCK_Q, n_rows) - 1
+    first_start = tl.load(starts + batch.to(tl.int64) * length + first + row * BLOCK_Q)
     # Tiles that nobody sees are never read.
-    if (column * BLOCK_K <= last_token) & (column * BLOCK_K + BLOCK_K > first_start):
+    if (column * BLOCK_K <= last_own) & (column * BLOCK_K + BLOCK_K > first_start):
         channels = tl.arange(0, BLOCK_WIDTH)
         is_channel = channels < WIDTH
         is_key = places < n_keys
-        base = batch.to(tl.int64) * length
+        base = batch.to(tl.int64) * key_length
         k_tile = tl.load(
             k + (base + places)[:, None] * WIDTH + channels, mask=is_key[:, None] & is_channel[None, :], other=0.0
         )
         score = tl.zeros([BLOCK_Q, BLOCK_K], dtype=tl.float32)
         for head in range(N_HEADS):
-            row_of_head = (base + tokens) * N_HEADS + head
+            row_of_head = token_rows * N_HEADS + head
             q_tile = tl.load(
                 q + row_of_head[:, None] * WIDTH + channels, mask=is_row[:, None] & is_channel[None, :], other=0.0
             )
@@ -71,7 +73,7 @@ def _order_kernel(
         score = tl.where(score == 0.0, 0.0, score)  # -0 is 0
         key = score.to(tl.int32, bitcast=True)
         key = tl.where(key < 0, key ^ 0x7FFFFFFF, key)  # the order of floats as that of whole numbers
-        forced = places[None, :] > tokens[:, None] - forced_local
+        forced = places[None, :] > own[:, None] - forced_local
         if FORCED_FIRST:
             forced = forced | (places[None, :] == start[:, None])
         key = tl.where(forced, 0x7FFFFFFF, key)
@@ -82,9 +84,10 @@ def _order_kernel(
 @triton.jit
 def _select_kernel(
     keys,  # (B, n_rows, n_keys) int32
-    starts,  # (L,)
+    starts,  # (B, L)
     indices,  # (B, L, N_SLOTS) int32
     length,
+    key_length,
     first,
     n_rows,
     n_keys,
@@ -94,10 +97,11 @@ def _select_kernel(
 ):
     """The selection of one query."""
     row, batch = tl.program_id(0), tl.program_id(1)
-    token = first + row
-    start = tl.load(starts + token).to(tl.int32)
-    out = indices + (batch.to(tl.int64) * length + token) * N_SLOTS
-    n_seen = token + 1 - start
+    token_row = batch.to(tl.int64) * length + first + row
+    own = key_length - length + first + row
+    start = tl.load(starts + token_row).to(tl.int32)
+    out = indices + token_row * N_SLOTS
+    n_seen = own + 1 - start
     if n_seen <= N_SLOTS:
         for slot in range(0, N_SLOTS, BLOCK_SLOTS):
             slots = slot + tl.arange(0, BLOCK_SLOTS)
@@ -110,9 +114,9 @@ def _select_kernel(
         for digit in tl.static_range(4):
             shift = 24 - 8 * digit
             counts = tl.zeros([256], dtype=tl.int32)
-            for place in range(start, token + 1, BLOCK):
+            for place in range(start, own + 1, BLOCK):
                 places = place + tl.arange(0, BLOCK)
-                seen = places <= token
+                seen = places <= own
                 key = tl.load(key_row + places, mask=seen, other=0)
                 bits = key.to(tl.uint32, bitcast=True) ^ 0x80000000
                 if digit > 0:
@@ -127,9 +131,9 @@ def _select_kernel(
         least_key = least ^ (-2147483648)
         n_written = 0
         n_ties = 0
-        for place in range(start, token + 1, BLOCK):
+        for place in range(start, own + 1, BLOCK):
             places = place + tl.arange(0, BLOCK)
-            seen = places <= token
+            seen = places <= own
             key = tl.load(key_row + places, mask=seen, other=0)
             is_tie = (seen & (key == least_key)).to(tl.int32)
             rank = n_ties + tl.cumsum(is_tie, axis=0)
@@ -146,15 +150,15 @@ def select(
 ) -> Tensor:
     """As `reference.select_reference`."""
     q, k, w = q.contiguous(), k.contiguous(), w.contiguous()
-    batch, length, n_heads, width = q.shape
-    n_slots = min(top_k, length)
-    starts = document_starts(length, cu_seqlens, q.device).int()
+    (batch, length, n_heads, width), key_length = q.shape, k.shape[1]
+    n_slots = min(top_k, key_length)
+    starts = document_starts(batch, length, key_length, cu_seqlens, q.device).int()
     indices = torch.empty(batch, length, n_slots, dtype=torch.int32, device=q.device)
-    chunk = max(1, min(length, CHUNK_NUMBERS // (batch * length)))
-    keys = torch.empty(batch * chunk * length, dtype=torch.int32, device=q.device)
+    chunk = max(1, min(length, CHUNK_NUMBERS // (batch * key_length)))
+    keys = torch.empty(batch * chunk * key_length, dtype=torch.int32, device=q.device)
     for first in range(0, length, chunk):
         n_rows = min(chunk, length - first)
-        n_keys = first + n_rows
+        n_keys = key_length - length + first + n_rows
         # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
         if cu_seqlens is not None or n_keys > n_slots:
             grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_keys, TILE), batch)
@@ -165,6 +169,7 @@ def select(
                 starts,
                 keys,
                 length,
+                key_length,
                 first,
                 n_rows,
                 n_keys,
@@ -183,12 +188,13 @@ def select(
             starts,
             indices,
             length,
+            key_length,
             first,
             n_rows,
             n_keys,
             N_SLOTS=n_slots,
-            BLOCK=min(2048, max(128, triton.next_power_of_2(length))),
+            BLOCK=min(2048, max(128, triton.next_power_of_2(key_length))),
             BLOCK_SLOTS=min(1024, triton.next_power_of_2(n_slots)),
-            num_warps=8 if length >= 2048 else 4,
+            num_warps=8 if key_length >= 2048 else 4,
         )
     return indices

@@ -82,13 +82,13 @@ class _LoopLens(LoopObserver):
         if not isinstance(mixer, (Full, DSA)):
             return
         x, queries, counted = block.mixer_norm(x), self.queries, self.counted
+        if isinstance(mixer, DSA):
+            sums, self.chosen[mixer] = selection_figures(mixer, x, context, queries, counted, self.chosen.get(mixer))
+            self.selection += sums
+            return
         if context.cu_seqlens is not None:  # packed rows come as one
             queries, counted = self.packed_queries, counted.view(1, -1)
-        if isinstance(mixer, Full):
-            self.mass += mixer.first_token_mass(x, context, queries, counted)
-            return
-        sums, self.chosen[mixer] = selection_figures(mixer, x, context, queries, counted, self.chosen.get(mixer))
-        self.selection += sums
+        self.mass += mixer.first_token_mass(x, context, queries, counted)
 
     def after_loop(self, loop: int, before: Tensor, after: Tensor, rho: Tensor | None) -> None:
         h = self.model.norm(after)

@@ -76,12 +76,26 @@ def find_stretch(
 def with_earlier_keys(k: Tensor, v: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
     """k and v (B, L, H, D) of each rank -> those of the rows from their first token to this stretch's last,
     (B, (rank + 1) L, H, D). Packed rows come, and go, as one."""
-    rank, is_packed = stretch.share.rank, stretch.cu_seqlens_k is not None
-    both = gather_tokens(stretch.rows(torch.stack([k, v], dim=2)), stretch.share)  # (B, C L, 2, H, D)
-    seen = both[:, : (rank + 1) * (both.shape[1] // stretch.share.n_ranks)]
-    if is_packed:
+    seen = _so_far(torch.stack([k, v], dim=2), stretch)  # (B, (rank + 1) L, 2, H, D)
+    if stretch.cu_seqlens_k is not None:
         seen = seen.flatten(0, 1).unsqueeze(0)
     return seen[:, :, 0], seen[:, :, 1]
+
+
+def rows_so_far(*tensors: Tensor, stretch: Stretch) -> list[Tensor]:
+    """Each (B, L, ...), or packed (1, B L, ...), of each rank -> that of the rows from their first token to this
+    stretch's last, (B, (rank + 1) L, ...); all in one collective."""
+    parts = [stretch.rows(x) for x in tensors]
+    seen = _so_far(torch.cat([x.flatten(2) for x in parts], dim=2), stretch)
+    widths = [x[0, 0].numel() for x in parts]
+    split = zip(seen.split(widths, dim=2), parts, strict=True)
+    return [x.unflatten(2, part.shape[2:]).contiguous() for x, part in split]  # not views that keep later tokens too
+
+
+def _so_far(x: Tensor, stretch: Stretch) -> Tensor:
+    """x (B, L, ...) of each rank, or packed, up to this one's: (B, (rank + 1) L, ...)."""
+    rows = stretch.rows(x)
+    return gather_tokens(rows, stretch.share)[:, : (stretch.share.rank + 1) * rows.shape[1]]
 
 
 def tokens_before(x: Tensor, n: int, stretch: Stretch, cu_seqlens: Tensor | None) -> Tensor:

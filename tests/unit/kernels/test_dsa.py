@@ -11,7 +11,14 @@ from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select, kl_r
 from lt2titan.kernels.dsa.operators import attend, indexer_kl, select
 
 DOCUMENTS = (7, 1, 20, 2, 10)
-SHAPES = {"dense rows": (2, 23, ()), "documents": (1, sum(DOCUMENTS), DOCUMENTS), "one token": (1, 1, ())}
+# Rows, queries and keys of each, and documents over the keys of all rows.
+SHAPES = {
+    "dense rows": (2, 23, 23, ()),
+    "documents": (1, sum(DOCUMENTS), sum(DOCUMENTS), DOCUMENTS),
+    "one token": (1, 1, 1, ()),
+    "later queries": (2, 9, 23, ()),
+    "later queries of documents": (3, 8, 24, (20, 4, 2, 20, 2, 24)),  # begun earlier, ended earlier, and here
+}
 shapes = pytest.mark.parametrize("shape", SHAPES)
 SELECTIONS = [
     {"top_k": 4},
@@ -23,14 +30,14 @@ SELECTIONS = [
 
 def draw(shape: str, seed: int = 0, n_kv: int = 2) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
     """Inputs of the indexer and of attention, in fp64, and boundaries."""
-    batch, length, documents = SHAPES[shape]
+    batch, n_queries, n_keys, documents = SHAPES[shape]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> Tensor:
-        return torch.randn(batch, length, *sizes, generator=generator, dtype=torch.float64)
+        return torch.randn(batch, *sizes, generator=generator, dtype=torch.float64)
 
-    index = {"index_q": normal(3, 8), "index_k": normal(8), "w": normal(3)}
-    tokens = {"q": normal(4, 6), "k": normal(n_kv, 6), "v": normal(n_kv, 6)}
+    index = {"index_q": normal(n_queries, 3, 8), "index_k": normal(n_keys, 8), "w": normal(n_queries, 3)}
+    tokens = {"q": normal(n_queries, 4, 6), "k": normal(n_keys, n_kv, 6), "v": normal(n_keys, n_kv, 6)}
     bounds = torch.tensor([0, *documents, 0, 0]).cumsum(0).int() if documents else None
     return index, tokens, bounds
 
@@ -45,9 +52,8 @@ def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_the_greatest_visible_scores_are_chosen(shape: str, options: dict) -> None:
     index, _, bounds = draw(shape)
     indices = dsa_select(**index, **options, cu_seqlens=bounds, backend="reference")
-    seen = dsa_truth.seen_mask(indices.shape[1], SHAPES[shape][2])
-    want = dsa_truth.chosen(dsa_truth.scores(**index), seen, **options)
-    assert torch.equal(dsa_truth.as_mask(indices), want)
+    want = dsa_truth.chosen(dsa_truth.scores(**index), dsa_truth.seen_rows(*SHAPES[shape]), **options)
+    assert torch.equal(dsa_truth.as_mask(indices, SHAPES[shape][2]), want)
     n_chosen = want.sum(-1)
     assert torch.equal((indices >= 0).sum(-1), n_chosen)  # none named twice
     for row, n in zip(indices.flatten(0, 1), n_chosen.flatten(), strict=True):
@@ -77,7 +83,7 @@ def test_attention_is_a_softmax_over_the_chosen_keys(shape: str, n_kv: int) -> N
     indices = dsa_select(**index, top_k=4, cu_seqlens=bounds, backend="reference")
     inputs = [x.requires_grad_() for x in tokens.values()]
     o, _ = dsa_attention(*inputs, indices, backend="reference")
-    want, _ = dsa_truth.attention(*inputs, dsa_truth.as_mask(indices))
+    want, _ = dsa_truth.attention(*inputs, dsa_truth.as_mask(indices, SHAPES[shape][2]))
     torch.testing.assert_close(o, want, atol=1e-12, rtol=1e-10)
     weights = torch.randn(o.shape, dtype=o.dtype)
     gradients = [torch.autograd.grad(y, inputs, weights) for y in (o, want)]
@@ -87,10 +93,10 @@ def test_attention_is_a_softmax_over_the_chosen_keys(shape: str, n_kv: int) -> N
 @shapes
 def test_as_many_slots_as_tokens_are_dense_attention(shape: str) -> None:
     index, tokens, bounds = draw(shape)
-    length = index["index_q"].shape[1]
-    indices = dsa_select(**index, top_k=length, cu_seqlens=bounds, backend="reference")
-    seen = dsa_truth.seen_mask(length, SHAPES[shape][2]).expand(index["index_q"].shape[0], -1, -1)
-    assert torch.equal(dsa_truth.as_mask(indices), seen)
+    n_keys = SHAPES[shape][2]
+    indices = dsa_select(**index, top_k=n_keys, cu_seqlens=bounds, backend="reference")
+    seen = dsa_truth.seen_rows(*SHAPES[shape])
+    assert torch.equal(dsa_truth.as_mask(indices, n_keys), seen)
     o, lse = dsa_attention(**tokens, indices=indices, backend="reference")
     torch.testing.assert_close(o, dsa_truth.attention(**tokens, mask=seen)[0], atol=1e-12, rtol=1e-10)
     both = [
@@ -110,9 +116,7 @@ def test_the_kl_and_its_gradients_are_those_of_autograd(shape: str, is_dense: bo
     _, lse = dsa_attention(**tokens, indices=indices, backend="reference")
     options = {"cu_seqlens": bounds} if is_dense else {"indices": indices, "lse": lse}
     got = dsa_indexer_kl(**inputs, q=q, k=k, backend="reference", **options)
-    mask = dsa_truth.as_mask(indices)
-    if is_dense:
-        mask = dsa_truth.seen_mask(q.shape[1], SHAPES[shape][2]).expand_as(mask)
+    mask = dsa_truth.seen_rows(*SHAPES[shape]) if is_dense else dsa_truth.as_mask(indices, SHAPES[shape][2])
     _, p = dsa_truth.attention(**tokens, mask=mask)
     want = dsa_truth.kl(dsa_truth.scores(**inputs), p, mask)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
@@ -134,7 +138,7 @@ def test_equals_fla_naive_dsa() -> None:
         want, theirs = naive.naive_dsa(
             *tokens.values(), *index.values(), topk=4, cu_seqlens=bounds, return_indices=True
         )
-        start = reference.document_starts(want.shape[1], bounds, want.device)[None, :, None]
+        start = reference.document_starts(*want.shape[:2], want.shape[1], bounds, want.device)[..., None]
         theirs = torch.where(theirs < 0, -1, theirs + start).int()  # theirs count from the document's start
         scores = dsa_truth.scores(**index)
         selected = [
@@ -167,7 +171,7 @@ def test_what_does_not_fit_is_refused() -> None:
         dsa_select(**index, top_k=3, backend="cuda")
     with pytest.raises(ValueError, match="take bf16, fp16 or fp32"):
         dsa_select(**index, top_k=3, backend="fla")
-    with pytest.raises(ValueError, match=r"index_k \(B, L, E\)"):
+    with pytest.raises(ValueError, match=r"index_k \(B, Lk, E\) with Lk at least L"):
         dsa_select(index["index_q"], index["index_k"][:, 1:], index["w"], top_k=3, backend="reference")
     with pytest.raises(ValueError, match="H a multiple of Hkv"):
         dsa_attention(tokens["q"][:, :, :3], *list(tokens.values())[1:], torch.zeros(2, 23, 1).int(), backend="fla")

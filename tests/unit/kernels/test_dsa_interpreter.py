@@ -25,19 +25,35 @@ import dsa_truth
 from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select, inverse, triton_kl_dense, triton_select
 from lt2titan.kernels.dsa.operators import attend, indexer_kl, select
 
-SHAPES = {"dense rows": (2, 43, ()), "documents": (1, 56, (7, 1, 37, 6, 5)), "one token": (1, 1, ())}
+# Rows, queries and keys of each, and documents over the keys of all rows.
+SHAPES = {
+    "dense rows": (2, 43, 43, ()),
+    "documents": (1, 56, 56, (7, 1, 37, 6, 5)),
+    "one token": (1, 1, 1, ()),
+    "later queries": (2, 21, 43, ()),
+    "later queries of documents": (2, 21, 63, (50, 13, 3, 25, 35)),
+}
 shapes = pytest.mark.parametrize("shape", SHAPES)
 SELECTIONS = [{"top_k": 4}, {"top_k": 9, "forced_first": True, "forced_local": 3}, {"top_k": 64}]
 
 
 def bounds_of(shape: str) -> Tensor | None:
-    documents = SHAPES[shape][2]
+    documents = SHAPES[shape][3]
     return torch.tensor([0, *documents, 0]).cumsum(0).int() if documents else None
 
 
-def draw(shape: str, *sizes: int, seed: int = 0) -> Tensor:
-    batch, length, _ = SHAPES[shape]
-    return torch.randn(batch, length, *sizes, generator=torch.Generator().manual_seed(seed))
+def draw(shape: str, *sizes: int, seed: int = 0, of_keys: bool = False) -> Tensor:
+    """(B, L, *sizes), or of keys (B, Lk, *sizes)."""
+    batch, *lengths, _ = SHAPES[shape]
+    return torch.randn(batch, lengths[of_keys], *sizes, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_index(shape: str) -> list[Tensor]:
+    return [draw(shape, 3, 12), draw(shape, 12, seed=1, of_keys=True), draw(shape, 3, seed=2)]
+
+
+def draw_tokens(shape: str, n_heads: int, n_kv: int) -> list[Tensor]:
+    return [draw(shape, n, 20, seed=10 * i + n, of_keys=i > 0) for i, n in enumerate((n_heads, n_kv, n_kv))]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +74,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
 def test_selections_are_the_reference_s(shape: str, options: dict, chunks: None) -> None:
     """Random scores: no two are equal but those of 0."""
-    index = (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))
+    index = draw_index(shape)
     got, want = (
         dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend=backend) for backend in ("fla", "reference")
     )
@@ -70,11 +86,14 @@ def test_selections_are_the_reference_s(shape: str, options: dict, chunks: None)
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
 def test_of_equal_scores_the_earlier_key_wins(shape: str, options: dict, dtype: torch.dtype, chunks: None) -> None:
     """Small whole numbers: products are exact, most scores are tied, many at 0 and at -0."""
-    index = [draw(shape, *sizes, seed=3).round().clamp(-1, 1).to(dtype) for sizes in ((2, 3), (3,), (2,))]
+    index = [
+        draw(shape, *sizes, seed=3, of_keys=sizes == (3,)).round().clamp(-1, 1).to(dtype)
+        for sizes in ((2, 3), (3,), (2,))
+    ]
     got = dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend="fla")
     scores = dsa_truth.scores(*(x.double() for x in index))
-    want = dsa_truth.chosen(scores, dsa_truth.seen_mask(SHAPES[shape][1], SHAPES[shape][2]), **options)
-    assert torch.equal(dsa_truth.as_mask(got), want)
+    want = dsa_truth.chosen(scores, dsa_truth.seen_rows(*SHAPES[shape]), **options)
+    assert torch.equal(dsa_truth.as_mask(got, SHAPES[shape][2]), want)
     assert torch.equal(got, dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend="reference"))
 
 
@@ -89,9 +108,8 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @shapes
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 1), (6, 2)])
 def test_attention_and_its_gradients_are_the_reference_s(shape: str, n_heads: int, n_kv: int, order: None) -> None:
-    index = (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))
-    indices = dsa_select(*index, top_k=40, cu_seqlens=bounds_of(shape), backend="reference")
-    inputs = [draw(shape, n, 20, seed=n).requires_grad_() for n in (n_heads, n_kv, n_kv)]
+    indices = dsa_select(*draw_index(shape), top_k=40, cu_seqlens=bounds_of(shape), backend="reference")
+    inputs = [x.requires_grad_() for x in draw_tokens(shape, n_heads, n_kv)]
     got = dsa_attention(*inputs, indices, backend="fla")
     want = dsa_attention(*(x.double() for x in inputs), indices, backend="reference")
     torch.testing.assert_close(got, want, check_dtype=False, atol=1e-5, rtol=1e-5)
@@ -103,8 +121,7 @@ def test_attention_and_its_gradients_are_the_reference_s(shape: str, n_heads: in
 @shapes
 @pytest.mark.parametrize("is_dense", [False, True], ids=["selected", "dense"])
 def test_the_kl_and_its_gradients_are_the_reference_s(shape: str, is_dense: bool, order: None, chunks: None) -> None:
-    index = [x.requires_grad_() for x in (draw(shape, 3, 12), draw(shape, 12, seed=1), draw(shape, 3, seed=2))]
-    tokens = [draw(shape, n, 20, seed=n) for n in (6, 2, 2)]
+    index, tokens = [x.requires_grad_() for x in draw_index(shape)], draw_tokens(shape, 6, 2)
     indices = dsa_select(*index, top_k=40, cu_seqlens=bounds_of(shape), backend="reference")
     _, lse = dsa_attention(*tokens, indices, backend="reference")
     options = {} if is_dense else {"indices": indices, "lse": lse}
@@ -131,7 +148,7 @@ def test_a_fixed_order_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(*results)
-    pairs = list(inverse.inverse_chunks(indices))
+    pairs = list(inverse.inverse_chunks(indices, 43))
     assert len(pairs) > 1 and sum(int(bounds[-1]) for _, bounds, _ in pairs) == (indices >= 0).sum()
 
 
