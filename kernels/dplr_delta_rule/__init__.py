@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lt2titan.kernels.dplr_delta_rule import fla
@@ -15,6 +17,9 @@ __all__ = ["LOWEST_LOG_DECAY", "OPERATOR", "dplr_delta_rule"]
 LOWEST_LOG_DECAY = -math.exp(-0.5)
 """RWKV-7's own bound, -0.6065. fla's tensor-core kernels factor the decays of a chunk of 64 around its middle: they
 lose precision with stronger ones, and overflow below -2.6."""
+
+MAX_FP32_VALUES = 64
+"""Value channels of a head that fla's kernels take in fp32: more do not fit into the shared memory of an H200."""
 
 OPERATOR = Recurrence("dplr_delta_rule", ("q", "k", "v", "a", "b", "g"), dplr_delta_rule_reference, fla, n_saved=0)
 
@@ -62,17 +67,18 @@ def dplr_delta_rule(
         check_shape("dplr_delta_rule", what, tensor, q.shape, "(B, L, H, K)")
     if not a.dtype == b.dtype == q.dtype:
         raise ValueError(f"dplr_delta_rule: a and b must have q's dtype {q.dtype}, got {a.dtype} and {b.dtype}")
-    return OPERATOR(
-        q,
-        k,
-        v,
-        a,
-        b,
-        g,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        chunk_indices=chunk_indices,
-        return_final_state=return_final_state,
-        backend=backend,
-    )
+    options: dict[str, Any] = {
+        "scale": scale,
+        "cu_seqlens": cu_seqlens,
+        "chunk_indices": chunk_indices,
+        "return_final_state": return_final_state,
+        "backend": backend,
+    }
+    if backend != "fla" or q.dtype != torch.float32 or v.shape[-1] <= MAX_FP32_VALUES:
+        return OPERATOR(q, k, v, a, b, g, initial_state=initial_state, **options)
+    # Value channels know nothing of each other: what is too wide runs in parts.
+    values = v.split(MAX_FP32_VALUES, dim=-1)
+    states = [None] * len(values) if initial_state is None else initial_state.split(MAX_FP32_VALUES, dim=-1)
+    parts = [OPERATOR(q, k, x, a, b, g, initial_state=s, **options) for x, s in zip(values, states, strict=True)]
+    outputs, ends = zip(*parts, strict=True)
+    return torch.cat(outputs, dim=-1), torch.cat(ends, dim=-1) if return_final_state else None

@@ -1,8 +1,12 @@
-"""Index scores and the choice of the greatest, in Triton.
+"""The lightning indexer's scores and their greatest, in Triton.
 
-Scores exist for a chunk of queries at a time (`CHUNK_NUMBERS` of them), as whole numbers in the same order, so that a
-selection is an exact radix select: four passes of eight bits over a row find the least key that is chosen, and how many
-of those equal to it; a fifth writes places in ascending order, which lets the earlier of equal keys win.
+Scores exist for a chunk of queries at a time (`CHUNK_NUMBERS` of them), as whole numbers in the same order. The least
+number that is chosen is found by bisection over its 32 bits, which is exact: of numbers that fit into the registers of
+one program (`SEARCHED`). A longer row is thinned out before: the greatest score of every few neighbouring keys is kept
+too, and the top_k-th greatest of those is a lower bound that at least top_k keys reach, and not many more do. So long
+rows are read once, and not once per bit. Where scores are so alike that more reach it, they are.
+
+Places are written in ascending order, which lets the earlier of equal keys win.
 """
 
 from __future__ import annotations
@@ -17,8 +21,14 @@ from lt2titan.kernels.dsa.reference import document_starts
 CHUNK_NUMBERS = 1 << 26
 """Scores that exist at a time: 256 MB, whatever the length."""
 
-TILE = 64
+TILE = 128
 """Queries, and keys, of a program that computes scores."""
+
+SEARCHED = 8192
+"""Scores that a program bisects in its registers; twice top_k if that is more."""
+
+LEAST = tl.constexpr(-2147483648)
+"""What stands for no key."""
 
 
 @triton.jit
@@ -28,6 +38,7 @@ def _order_kernel(
     w,  # (B, L, J)
     starts,  # (B, L)
     keys,  # (B, n_rows, n_keys) int32: sortable
+    maxima,  # (B, n_rows, n_groups) int32: the greatest of every GROUP keys, unless that is 1
     length,
     key_length,  # Lk, of whose keys the last L are the queries' own
     first,  # query of the chunk
@@ -40,6 +51,7 @@ def _order_kernel(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of a tile of queries and keys."""
@@ -77,13 +89,95 @@ def _order_kernel(
         if FORCED_FIRST:
             forced = forced | (places[None, :] == start[:, None])
         key = tl.where(forced, 0x7FFFFFFF, key)
-        out = (batch.to(tl.int64) * n_rows + rows)[:, None] * n_keys + places[None, :]
-        tl.store(keys + out, key, mask=is_row[:, None] & is_key[None, :])
+        seen = (places[None, :] <= own[:, None]) & (places[None, :] >= start[:, None])
+        key = tl.where(seen, key, LEAST)
+        chunk_rows = (batch.to(tl.int64) * n_rows + rows)[:, None]
+        tl.store(keys + chunk_rows * n_keys + places[None, :], key, mask=is_row[:, None] & is_key[None, :])
+        if GROUP > 1:
+            greatest = tl.max(tl.reshape(key, [BLOCK_Q, BLOCK_K // GROUP, GROUP]), axis=2)
+            n_groups = tl.cdiv(n_keys, GROUP)
+            groups = column * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+            is_group = is_row[:, None] & (groups < n_groups)[None, :]
+            tl.store(maxima + chunk_rows * n_groups + groups[None, :], greatest, mask=is_group)
+
+
+@triton.jit
+def _bound(keys, n_wanted):
+    """The greatest number that n_wanted of keys (N,) reach; LEAST if fewer than that are above it."""
+    bound = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= n_wanted, 0, LEAST)
+    step = 1 << 30
+    for _ in range(31):
+        n_reach = tl.sum((keys >= bound + step).to(tl.int32))
+        bound = tl.where(n_reach >= n_wanted, bound + step, bound)
+        step = step >> 1
+    return bound
+
+
+@triton.jit
+def _bound_of_row(key_row, start, stop, n_wanted, BLOCK: tl.constexpr):
+    """As `_bound`, of a row of any length: it is read once for each bit."""
+    bound = LEAST
+    step = 1 << 30
+    for bit in range(32):
+        middle = tl.where(bit == 0, 0, bound + step)
+        n_reach = 0
+        for place in range(start, stop, BLOCK):
+            places = place + tl.arange(0, BLOCK)
+            key = tl.load(key_row + places, mask=places < stop, other=LEAST)
+            n_reach += tl.sum((key >= middle).to(tl.int32))
+        bound = tl.where(n_reach >= n_wanted, middle, bound)
+        step = tl.where(bit == 0, step, step >> 1)
+    return bound
+
+
+@triton.jit
+def _thin_kernel(
+    keys,  # (B, n_rows, n_keys) int32
+    maxima,  # (B, n_rows, n_groups) int32
+    starts,  # (B, L)
+    bounds,  # (B, n_rows) int32: lower bounds of what is chosen
+    counts,  # (B, n_rows, 2) int32: keys above the bound, and at it
+    candidates,  # (B, n_rows, SEARCHED) int32: places of the first keys that reach it, ascending
+    length,
+    key_length,
+    first,
+    n_rows,
+    n_keys,
+    N_SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEARCHED: tl.constexpr,
+):
+    """Those keys of a query that can be among the greatest N_SLOTS, of a row that is too long to search."""
+    row, batch = tl.program_id(0), tl.program_id(1)
+    chunk_row = batch.to(tl.int64) * n_rows + row
+    own = key_length - length + first + row
+    start = tl.load(starts + batch.to(tl.int64) * length + first + row).to(tl.int32)
+    if own + 1 - start > SEARCHED:
+        groups = start // GROUP + tl.arange(0, SEARCHED)
+        is_group = groups <= own // GROUP
+        greatest = tl.load(maxima + chunk_row * tl.cdiv(n_keys, GROUP) + groups, mask=is_group, other=LEAST)
+        bound = _bound(greatest, N_SLOTS)
+        n_above, n_equal = 0, 0
+        for place in range(start, own + 1, BLOCK):
+            places = place + tl.arange(0, BLOCK)
+            key = tl.load(keys + chunk_row * n_keys + places, mask=places <= own, other=LEAST)
+            reaches = (places <= own) & (key >= bound)
+            slots = n_above + n_equal + tl.cumsum(reaches.to(tl.int32), axis=0) - 1
+            tl.store(candidates + chunk_row * SEARCHED + slots, places, mask=reaches & (slots < SEARCHED))
+            n_equal += tl.sum((reaches & (key == bound)).to(tl.int32))
+            n_above += tl.sum((reaches & (key > bound)).to(tl.int32))
+        tl.store(bounds + chunk_row, bound)
+        tl.store(counts + 2 * chunk_row, n_above)
+        tl.store(counts + 2 * chunk_row + 1, n_equal)
 
 
 @triton.jit
 def _select_kernel(
     keys,  # (B, n_rows, n_keys) int32
+    bounds,  # (B, n_rows), counts (B, n_rows, 2), candidates (B, n_rows, SEARCHED): of `_thin_kernel`, if IS_THINNED
+    counts,
+    candidates,
     starts,  # (B, L)
     indices,  # (B, L, N_SLOTS) int32
     length,
@@ -92,57 +186,65 @@ def _select_kernel(
     n_rows,
     n_keys,
     N_SLOTS: tl.constexpr,
+    IS_THINNED: tl.constexpr,
+    SEARCHED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
     """The selection of one query."""
     row, batch = tl.program_id(0), tl.program_id(1)
     token_row = batch.to(tl.int64) * length + first + row
+    chunk_row = batch.to(tl.int64) * n_rows + row
     own = key_length - length + first + row
     start = tl.load(starts + token_row).to(tl.int32)
     out = indices + token_row * N_SLOTS
+    key_row = keys + chunk_row * n_keys
     n_seen = own + 1 - start
+    n_candidates, n_above = n_seen, N_SLOTS
+    if IS_THINNED:
+        if n_seen > SEARCHED:
+            n_above = tl.load(counts + 2 * chunk_row)
+            n_candidates = n_above + tl.load(counts + 2 * chunk_row + 1)
     if n_seen <= N_SLOTS:
         for slot in range(0, N_SLOTS, BLOCK_SLOTS):
             slots = slot + tl.arange(0, BLOCK_SLOTS)
             tl.store(out + slots, tl.where(slots < n_seen, start + slots, -1), mask=slots < N_SLOTS)
-    else:
-        key_row = keys + (batch.to(tl.int64) * n_rows + row) * n_keys
-        bins = tl.arange(0, 256)
-        least = 0  # the leading bits of the least chosen key, as an unsigned number in the same order
-        n_wanted = N_SLOTS  # of the keys that have these leading bits
-        for digit in tl.static_range(4):
-            shift = 24 - 8 * digit
-            counts = tl.zeros([256], dtype=tl.int32)
+    elif n_candidates <= SEARCHED:
+        candidate = tl.arange(0, SEARCHED)
+        is_candidate = candidate < n_candidates
+        places = start + candidate
+        if IS_THINNED:
+            if n_seen > SEARCHED:
+                places = tl.load(candidates + chunk_row * SEARCHED + candidate, mask=is_candidate, other=0)
+        key = tl.load(key_row + places, mask=is_candidate, other=LEAST)
+        bound = _bound(key, N_SLOTS)
+        is_tie = is_candidate & (key == bound)
+        above = key > bound
+        rank = tl.cumsum(is_tie.to(tl.int32), axis=0)
+        chosen = above | (is_tie & (rank <= N_SLOTS - tl.sum(above.to(tl.int32))))
+        slots = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(out + slots, places, mask=chosen)
+    elif IS_THINNED:
+        # So many reach the lower bound. If it is because they are equal to it, it is the bound itself.
+        bound = tl.load(bounds + chunk_row)
+        if n_above >= N_SLOTS:
+            bound = _bound_of_row(key_row, start, own + 1, N_SLOTS, BLOCK)
+            n_above = 0
             for place in range(start, own + 1, BLOCK):
                 places = place + tl.arange(0, BLOCK)
-                seen = places <= own
-                key = tl.load(key_row + places, mask=seen, other=0)
-                bits = key.to(tl.uint32, bitcast=True) ^ 0x80000000
-                if digit > 0:
-                    leading = least.to(tl.uint32, bitcast=True) >> (shift + 8)  # type: ignore[attr-defined]
-                    seen = seen & ((bits >> (shift + 8)) == leading)
-                value = ((bits >> shift) & 255).to(tl.int32)
-                counts += tl.histogram(value, 256, mask=seen)
-            n_from = tl.cumsum(counts, axis=0, reverse=True)  # keys whose digit is at least this
-            is_least = (n_from >= n_wanted) & (n_from - counts < n_wanted)
-            n_wanted -= tl.sum(tl.where(is_least, n_from - counts, 0))
-            least = least | (tl.sum(tl.where(is_least, bins, 0)) << shift)
-        least_key = least ^ (-2147483648)
-        n_written = 0
-        n_ties = 0
+                key = tl.load(key_row + places, mask=places <= own, other=LEAST)
+                n_above += tl.sum((key > bound).to(tl.int32))
+        n_written, n_ties = 0, 0
         for place in range(start, own + 1, BLOCK):
             places = place + tl.arange(0, BLOCK)
-            seen = places <= own
-            key = tl.load(key_row + places, mask=seen, other=0)
-            is_tie = (seen & (key == least_key)).to(tl.int32)
-            rank = n_ties + tl.cumsum(is_tie, axis=0)
-            chosen = (seen & (key > least_key)) | ((is_tie > 0) & (rank <= n_wanted))
-            chosen_number = chosen.to(tl.int32)
-            slots = n_written + tl.cumsum(chosen_number, axis=0) - 1
+            key = tl.load(key_row + places, mask=places <= own, other=LEAST)
+            is_tie = (places <= own) & (key == bound)
+            rank = n_ties + tl.cumsum(is_tie.to(tl.int32), axis=0)
+            chosen = (key > bound) | (is_tie & (rank <= N_SLOTS - n_above))
+            slots = n_written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
             tl.store(out + slots, places, mask=chosen)
-            n_written += tl.sum(chosen_number)
-            n_ties += tl.sum(is_tie)
+            n_written += tl.sum(chosen.to(tl.int32))
+            n_ties += tl.sum(is_tie.to(tl.int32))
 
 
 def select(
@@ -154,47 +256,61 @@ def select(
     n_slots = min(top_k, key_length)
     starts = document_starts(batch, length, key_length, cu_seqlens, q.device).int()
     indices = torch.empty(batch, length, n_slots, dtype=torch.int32, device=q.device)
+    searched = min(max(SEARCHED, triton.next_power_of_2(2 * n_slots)), triton.next_power_of_2(key_length))
+    is_thinned = key_length > searched
+    group = triton.next_power_of_2(triton.cdiv(key_length, searched))
+    tile_k = max(TILE, group)
     chunk = max(1, min(length, CHUNK_NUMBERS // (batch * key_length)))
-    keys = torch.empty(batch * chunk * key_length, dtype=torch.int32, device=q.device)
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(batch, chunk, *shape, dtype=torch.int32, device=q.device)
+
+    keys, bounds = room(key_length), room()
+    maxima = room(triton.cdiv(key_length, group) if is_thinned else 0)
+    thinned = (room(2), room(searched)) if is_thinned else (room(0), room(0))
+    sizes = {
+        "N_SLOTS": n_slots,
+        "SEARCHED": searched,
+        "BLOCK": min(4096, 2 * searched),
+        "num_warps": 8 if searched >= 2048 else 4,
+    }
     for first in range(0, length, chunk):
         n_rows = min(chunk, length - first)
         n_keys = key_length - length + first + n_rows
+        place = (length, key_length, first, n_rows, n_keys)
         # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
         if cu_seqlens is not None or n_keys > n_slots:
-            grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_keys, TILE), batch)
+            grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_keys, tile_k), batch)
             _order_kernel[grid](
                 q,
                 k,
                 w,
                 starts,
                 keys,
-                length,
-                key_length,
-                first,
-                n_rows,
-                n_keys,
+                maxima,
+                *place,
                 forced_local,
                 FORCED_FIRST=forced_first,
                 N_HEADS=n_heads,
                 WIDTH=width,
                 BLOCK_WIDTH=max(16, triton.next_power_of_2(width)),
                 BLOCK_Q=TILE,
-                BLOCK_K=TILE,
+                BLOCK_K=tile_k,
+                GROUP=group if is_thinned else 1,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=4,
+                num_warps=8,
             )
+        if is_thinned and n_keys > searched:
+            _thin_kernel[(n_rows, batch)](keys, maxima, starts, bounds, *thinned, *place, GROUP=group, **sizes)
         _select_kernel[(n_rows, batch)](
             keys,
+            bounds,
+            *thinned,
             starts,
             indices,
-            length,
-            key_length,
-            first,
-            n_rows,
-            n_keys,
-            N_SLOTS=n_slots,
-            BLOCK=min(2048, max(128, triton.next_power_of_2(key_length))),
+            *place,
+            IS_THINNED=is_thinned,
             BLOCK_SLOTS=min(1024, triton.next_power_of_2(n_slots)),
-            num_warps=8 if key_length >= 2048 else 4,
+            **sizes,
         )
     return indices

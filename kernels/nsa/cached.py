@@ -77,4 +77,4 @@ def _attend_slots(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Ten
         attn_mask=seen.flatten(0, 1).unsqueeze(-2),
         scale=scale,
     )
-    return o.view(q.shape)
+    return o.reshape(q.shape)  # a GPU's attention may return it strided

@@ -77,10 +77,10 @@ def deterministic() -> Iterator[None]:
 
 
 def test_asked_to_be_deterministic_it_is(deterministic: None) -> None:
-    """And agrees with atomics but for rounding."""
+    """And agrees with atomics but for rounding: the same sum may round to neighbours, 2^-8 of it apart in bf16."""
     index, tokens = draw(5000)
     one, other = (step(index, tokens) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     torch.use_deterministic_algorithms(False)
     for a, b in zip(one, step(index, tokens), strict=True):
-        assert (a.float() - b.float()).norm() <= 2e-3 * a.float().norm()
+        assert (a.float() - b.float()).norm() <= 2**-8 * a.float().norm()

@@ -65,7 +65,11 @@ def bf16_inputs(name: str, length: int) -> list[torch.Tensor]:
 def test_opcheck_of_recurrences(name: str) -> None:
     state = torch.randn(1, 1, 32, 32, device=CUDA, requires_grad=True)
     args = (*bf16_inputs(name, 70), state, None, None, 0.1, True, False, "fla")
-    torch.library.opcheck(RECURRENCES[name].operator.op, args)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name.startswith("kda"):
+        # What KDA keeps for its backward pass has entries that are never written, nor read: no two runs agree in them.
+        checks.remove("test_aot_dispatch_dynamic")
+    torch.library.opcheck(RECURRENCES[name].operator.op, args, test_utils=checks)
 
 
 def test_opcheck_of_the_others() -> None:
