@@ -4,7 +4,8 @@ python scripts/benchmark_sparse.py [--lengths 4096 32768] [--stacks full nsa dsa
 
 A stack is five layers of a recipe's width (the 1.3B model's by default), with one row of tokens, in bf16: forward,
 forward and backward (blocks are computed again, as recipes train), and the decoding of one token after as many. Then
-the time of DSA's operators alone, beside the least that the bytes they gather and their FLOPs would take.
+the time of the sparse operators alone (scripts/sparse_operators.py), beside the least that the bytes they gather and
+their FLOPs would take.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from sparse_operators import dsa_operators, nsa_operators, timed
 
 from lt2titan.config.loader import load_config
 from lt2titan.kernels.backend import backend_versions, resolve_backend
-from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
@@ -36,7 +34,8 @@ from lt2titan.model.recompute import RecomputePlan
 from lt2titan.model.state import allocate
 
 RECIPES = Path(__file__).resolve().parents[1] / "train_configs"
-MEMORY_BANDWIDTH, BF16_PEAK = 4.8e12, 989e12  # of an H200: bytes and dense FLOPs a second
+FIGURES = ("forward", "forward_backward", "decode", "decode_graph")
+"""Of each: "_ms" and "_gib"."""
 
 
 @dataclass(kw_only=True)
@@ -75,33 +74,6 @@ def configuration(stack: str, arguments: Arguments) -> ModelConfig:
     )
 
 
-def timed(run: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
-    """Median milliseconds of ``run``, and the peak memory in GiB."""
-    run()
-    if device.type != "cuda":
-        return _timed_on_host(run, repeats), float("nan")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30
-
-
-def _timed_on_host(run: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times)[len(times) // 2]
-
-
 def measure(stack: str, length: int, arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """One stack at one length."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -124,17 +96,16 @@ def measure(stack: str, length: int, arguments: Arguments, device: torch.device)
     result["forward_ms"], result["forward_gib"] = timed(forward, arguments.repeats, device)
     result["forward_backward_ms"], result["forward_backward_gib"] = timed(both, arguments.repeats, device)
     if arguments.decode:
-        result["decode_ms"], result["decode_gib"] = decode(model, length, arguments, dtype, device)
+        result |= decode(model, length, arguments, dtype, device)
     return result
 
 
 @torch.no_grad()
-def decode(
-    model: LT2, length: int, arguments: Arguments, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
-    """Milliseconds of a token after a context of ``length``. The state is filled with noise: what it holds does not
-    change what a step costs."""
-    state = allocate(model, 1, length + arguments.decode + 1, dtype, device)
+def decode(model: LT2, length: int, arguments: Arguments, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """A token after a context of ``length``, op by op and, on a GPU, replayed as a CUDA graph, which does not wait for
+    the host. The state is filled with noise: what it holds does not change what a step costs."""
+    n_tokens = 2 * arguments.decode + 2  # both ways, and a first call of each
+    state = allocate(model, 1, length + n_tokens, dtype, device)
     for slots in state.slots:
         for slot in slots:
             for name, tensor in slot.items():
@@ -146,69 +117,14 @@ def decode(
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     state.reserve([length])
     state.lengths += length
-    return timed(lambda: model(token, state=state), arguments.decode - 1, device)
-
-
-def operators(length: int, arguments: Arguments, device: torch.device) -> list[dict[str, Any]]:
-    """DSA's operators alone at the recipe's sizes, one row, and their floors: the larger of bytes read and written
-    (gathered keys: once for each query) over the memory's bandwidth, and FLOPs over the peak."""
-    recipe = load_config(RECIPES / f"{arguments.recipe}.toml", []).model
-    sizes, backend = recipe.mixers.dsa, resolve_backend("auto", device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    width, n_kv, J, E = recipe.dim // sizes.n_heads, sizes.n_kv_heads, sizes.n_index_heads, sizes.index_head_dim
-    if length <= sizes.top_k:
-        return []
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(1, length, *shape, device=device, dtype=dtype).requires_grad_()
-
-    index = (draw(J, E), draw(E), draw(J))
-    q, k, v = draw(sizes.n_heads, width), draw(n_kv, width), draw(n_kv, width)
-
-    def select() -> Tensor:
-        forced_first, forced_local = sizes.forced_first, sizes.forced_local
-        return dsa_select(
-            *index, top_k=sizes.top_k, forced_first=forced_first, forced_local=forced_local, backend=backend
-        )
-
-    with torch.no_grad():
-        indices = select()
-        o, lse = dsa_attention(q, k, v, indices, backend=backend)
-    n_pairs, n_seen = float((indices >= 0).sum()), length * (length + 1) / 2
-    of_key = 2 * n_kv * width * dtype.itemsize  # gathered for every pair, by all heads at once
-    rows = length * sizes.n_heads * width * dtype.itemsize
-    flops = 4 * n_pairs * sizes.n_heads * width
-    weights = torch.randn_like(o)
-    out, _ = dsa_attention(q, k, v, indices, backend=backend)
-    jobs: dict[str, tuple[Callable[[], object], float, float]] = {
-        # Scores are FLOPs; the keys that are chosen are written once.
-        "select": (select, 4 * n_pairs, 2 * n_seen * J * E),
-        "attention": (lambda: dsa_attention(q, k, v, indices, backend=backend), of_key * n_pairs + 2 * rows, flops),
-        # Gradients of gathered keys are added in fp32.
-        "attention backward": (
-            lambda: torch.autograd.grad(out, (q, k, v), weights, retain_graph=True),
-            (of_key + 2 * n_kv * width * 4) * n_pairs + 4 * rows,
-            2.5 * flops,
-        ),
-        "indexer KL": (
-            lambda: dsa_indexer_kl(*index, q, k, indices=indices, lse=lse, backend=backend),
-            (of_key / 2 + 2 * E * dtype.itemsize + E * 4) * n_pairs,
-            flops / 2 + 8 * n_pairs * J * E,
-        ),
-        "indexer KL, all keys": (
-            lambda: dsa_indexer_kl(*index, q, k, backend=backend),
-            2 * rows,
-            4 * n_seen * sizes.n_heads * width + 8 * n_seen * J * E,
-        ),
-    }
-    results = []
-    for name, (run, n_bytes, n_flops) in jobs.items():
-        if name == "indexer KL, all keys" and length > 32768:
-            continue  # warm-up happens at shorter lengths
-        ms, gib = timed(run, arguments.repeats, device)
-        floor = 1000 * max(n_bytes / MEMORY_BANDWIDTH, n_flops / BF16_PEAK)
-        results.append({"operator": name, "length": length, "ms": ms, "floor_ms": floor, "gib": gib})
-    return results
+    result = {}
+    result["decode_ms"], result["decode_gib"] = timed(lambda: model(token, state=state), arguments.decode, device)
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(token, state=state)
+        result["decode_graph_ms"], result["decode_graph_gib"] = timed(graph.replay, arguments.decode, device)
+    return result
 
 
 def crossovers(results: list[dict[str, Any]]) -> list[str]:
@@ -216,7 +132,7 @@ def crossovers(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     full = {row["length"]: row for row in results if row["stack"] == "full" and "raised" not in row}
     for stack in dict.fromkeys(row["stack"] for row in results):
-        for key in ("forward_ms", "forward_backward_ms", "decode_ms"):
+        for key in (f"{name}_ms" for name in FIGURES):
             rows = {row["length"]: row for row in results if row["stack"] == stack and key in row}
             shared = sorted(n for n in rows if key in full.get(n, {}))
             if stack == "full" or not shared:
@@ -229,8 +145,8 @@ def crossovers(results: list[dict[str, Any]]) -> list[str]:
 
 
 def show(results: list[dict[str, Any]], of_operators: list[dict[str, Any]]) -> None:
-    keys = ["forward_ms", "forward_gib", "forward_backward_ms", "forward_backward_gib", "decode_ms", "decode_gib"]
-    table = Table("stack", "tokens", *keys, box=box.SIMPLE_HEAD)
+    keys = [f"{name}_{unit}" for name in FIGURES for unit in ("ms", "gib")]
+    table = Table("stack", "tokens", *(key.replace("_", " ") for key in keys), box=box.SIMPLE_HEAD)
     for row in results:
         if "raised" in row:
             table.add_row(row["stack"], str(row["length"]), row["raised"])
@@ -267,8 +183,10 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if not arguments.no_operators and any("dsa" in stack for stack in arguments.stacks):
-            of_operators += operators(length, arguments, device)
+        recipe = load_config(RECIPES / f"{arguments.recipe}.toml", []).model
+        for mixer, operators in {"nsa": nsa_operators, "dsa": dsa_operators}.items():
+            if not arguments.no_operators and any(mixer in stack.split("+") for stack in arguments.stacks):
+                of_operators += operators(recipe, length, arguments.repeats, device)
         show([row for row in results if row["length"] == length], [r for r in of_operators if r["length"] == length])
         if arguments.json:
             report = {"device": hardware, "versions": backend_versions(), "stacks": results, "operators": of_operators}

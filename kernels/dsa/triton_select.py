@@ -201,7 +201,7 @@ def _select_kernel(
     key_row = keys + chunk_row * n_keys
     n_seen = own + 1 - start
     n_candidates, n_above = n_seen, N_SLOTS
-    if IS_THINNED:
+    if IS_THINNED:  # noqa: SIM102 -- one is known when it is compiled
         if n_seen > SEARCHED:
             n_above = tl.load(counts + 2 * chunk_row)
             n_candidates = n_above + tl.load(counts + 2 * chunk_row + 1)
@@ -213,7 +213,7 @@ def _select_kernel(
         candidate = tl.arange(0, SEARCHED)
         is_candidate = candidate < n_candidates
         places = start + candidate
-        if IS_THINNED:
+        if IS_THINNED:  # noqa: SIM102
             if n_seen > SEARCHED:
                 places = tl.load(candidates + chunk_row * SEARCHED + candidate, mask=is_candidate, other=0)
         key = tl.load(key_row + places, mask=is_candidate, other=LEAST)

@@ -95,8 +95,7 @@ def test_selections_are_the_reference_s(shape: str, options: dict, rows: None) -
 def test_of_equal_scores_the_earlier_key_wins(shape: str, options: dict, rows: None) -> None:
     """Small whole numbers: products are exact, most scores are tied, many at 0 and at -0."""
     index = [
-        draw(shape, *sizes, seed=3, of_keys=sizes == (3,)).round().clamp(-1, 1).half()
-        for sizes in ((2, 3), (3,), (2,))
+        draw(shape, *sizes, seed=3, of_keys=sizes == (3,)).round().clamp(-1, 1).half() for sizes in ((2, 3), (3,), (2,))
     ]
     got = dsa_select(*index, **options, cu_seqlens=bounds_of(shape), backend="fla")
     scores = dsa_truth.scores(*(x.double() for x in index))

@@ -1,6 +1,7 @@
-"""NSA's kernels as they are launched, compiled for a Hopper GPU, which needs none: they fit into its shared memory.
+"""Sparse kernels as they are launched, compiled for a Hopper GPU, which needs none: they fit into its shared memory.
 
-The interpreter says what they compute (test_fla_interpreter.py), not whether Triton's compiler takes them.
+The interpreter says what they compute (test_fla_interpreter.py, test_dsa_interpreter.py), not whether Triton's compiler
+takes them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from lt2titan.kernels import nsa
+from lt2titan.kernels.dsa import triton_select
 from lt2titan.kernels.nsa import compressed_triton, selected_triton
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -82,4 +84,17 @@ def test_kernels_compile_for_hopper(
     selected_triton.forward(q, k, k, blocks, layout, block_size, scale)
     selected_triton.backward(do, q, k, k, o, lse, blocks, layout, block_size, scale)
     assert len(shared) == 8
+    assert max(shared.values()) <= SHARED_MEMORY, shared
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_selection_compiles_for_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row that is too long to be searched at once."""
+    shared: dict[str, int] = {}
+    for name in [name for name in vars(triton_select) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_select, name, Launched(getattr(triton_select, name), shared))
+    monkeypatch.setattr(triton_select, "CHUNK_NUMBERS", 1 << 27)  # one chunk
+    q, k, w = (torch.zeros(1, 9000, *sizes, dtype=dtype) for sizes in ((8, 64), (64,), (8,)))  # the 1.3B model
+    triton_select.select(q, k, w, None, 2048, True, 64)
+    assert len(shared) == 3
     assert max(shared.values()) <= SHARED_MEMORY, shared
