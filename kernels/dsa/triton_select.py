@@ -1,10 +1,10 @@
 """The lightning indexer's scores and their greatest, in Triton.
 
-Scores exist for a chunk of queries at a time (`CHUNK_NUMBERS` of them), as whole numbers in the same order. The least
-number that is chosen is found by bisection over its 32 bits, which is exact: of numbers that fit into the registers of
-one program (`SEARCHED`). A longer row is thinned out before: the greatest score of every few neighbouring keys is kept
-too, and the top_k-th greatest of those is a lower bound that at least top_k keys reach, and not many more do. So long
-rows are read once, and not once per bit. Where scores are so alike that more reach it, they are.
+Scores exist for a chunk of queries at a time (`CHUNK_NUMBERS` of them), as whole numbers in the same order. A number
+that just top_k of them reach is found by bisection over its 32 bits, in the registers of one program (`SEARCHED`). A
+longer row is thinned out before: the greatest score of every few neighbouring keys is kept too, and a number that top_k
+of those reach is a lower bound that at least top_k keys reach, and not many more. So long rows are read once, and not
+once per bit. Where scores are so alike that many more reach it, they are.
 
 Places are written in ascending order, which lets the earlier of equal keys win.
 """
@@ -21,8 +21,8 @@ from lt2titan.kernels.dsa.reference import document_starts
 CHUNK_NUMBERS = 1 << 26
 """Scores that exist at a time: 256 MB, whatever the length."""
 
-TILE = 128
-"""Queries, and keys, of a program that computes scores."""
+TILE_Q, TILE_K, WARPS, STAGES = 64, 128, 4, 3
+"""Queries, and keys, of a program that computes scores; its warps; heads of queries that are loaded ahead."""
 
 SEARCHED = 8192
 """Scores that a program bisects in its registers; twice top_k if that is more."""
@@ -102,13 +102,18 @@ def _order_kernel(
 
 
 @triton.jit
-def _bound(keys, n_wanted):
-    """The greatest number that n_wanted of keys (N,) reach; LEAST if fewer than that are above it."""
-    bound = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= n_wanted, 0, LEAST)
+def _bound(keys, n_wanted, n_enough):
+    """A number that at least n_wanted of keys (N,) reach, and at most n_enough; if there is none, the greatest that
+    n_wanted reach. LEAST if fewer than n_wanted are above it."""
+    n_reach = tl.sum((keys >= 0).to(tl.int32))
+    bound = tl.where(n_reach >= n_wanted, 0, LEAST)
+    n_reach = tl.where(n_reach >= n_wanted, n_reach, 2147483647)
     step = 1 << 30
-    for _ in range(31):
-        n_reach = tl.sum((keys >= bound + step).to(tl.int32))
-        bound = tl.where(n_reach >= n_wanted, bound + step, bound)
+    while (n_reach > n_enough) & (step > 0):
+        n_above = tl.sum((keys >= bound + step).to(tl.int32))
+        is_bound = n_above >= n_wanted
+        bound = tl.where(is_bound, bound + step, bound)
+        n_reach = tl.where(is_bound, n_above, n_reach)
         step = step >> 1
     return bound
 
@@ -157,7 +162,7 @@ def _thin_kernel(
         groups = start // GROUP + tl.arange(0, SEARCHED)
         is_group = groups <= own // GROUP
         greatest = tl.load(maxima + chunk_row * tl.cdiv(n_keys, GROUP) + groups, mask=is_group, other=LEAST)
-        bound = _bound(greatest, N_SLOTS)
+        bound = _bound(greatest, N_SLOTS, N_SLOTS + N_SLOTS // 16)
         n_above, n_equal = 0, 0
         for place in range(start, own + 1, BLOCK):
             places = place + tl.arange(0, BLOCK)
@@ -217,11 +222,13 @@ def _select_kernel(
             if n_seen > SEARCHED:
                 places = tl.load(candidates + chunk_row * SEARCHED + candidate, mask=is_candidate, other=0)
         key = tl.load(key_row + places, mask=is_candidate, other=LEAST)
-        bound = _bound(key, N_SLOTS)
-        is_tie = is_candidate & (key == bound)
-        above = key > bound
-        rank = tl.cumsum(is_tie.to(tl.int32), axis=0)
-        chosen = above | (is_tie & (rank <= N_SLOTS - tl.sum(above.to(tl.int32))))
+        bound = _bound(key, N_SLOTS, N_SLOTS)
+        chosen = is_candidate & (key >= bound)
+        if tl.sum(chosen.to(tl.int32)) > N_SLOTS:
+            above = key > bound
+            is_tie = is_candidate & (key == bound)
+            rank = tl.cumsum(is_tie.to(tl.int32), axis=0)
+            chosen = above | (is_tie & (rank <= N_SLOTS - tl.sum(above.to(tl.int32))))
         slots = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(out + slots, places, mask=chosen)
     elif IS_THINNED:
@@ -259,7 +266,7 @@ def select(
     searched = min(max(SEARCHED, triton.next_power_of_2(2 * n_slots)), triton.next_power_of_2(key_length))
     is_thinned = key_length > searched
     group = triton.next_power_of_2(triton.cdiv(key_length, searched))
-    tile_k = max(TILE, group)
+    tile_k = max(TILE_K, group)
     chunk = max(1, min(length, CHUNK_NUMBERS // (batch * key_length)))
 
     def room(*shape: int) -> Tensor:
@@ -280,7 +287,7 @@ def select(
         place = (length, key_length, first, n_rows, n_keys)
         # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
         if cu_seqlens is not None or n_keys > n_slots:
-            grid = (triton.cdiv(n_rows, TILE), triton.cdiv(n_keys, tile_k), batch)
+            grid = (triton.cdiv(n_rows, TILE_Q), triton.cdiv(n_keys, tile_k), batch)
             _order_kernel[grid](
                 q,
                 k,
@@ -294,11 +301,12 @@ def select(
                 N_HEADS=n_heads,
                 WIDTH=width,
                 BLOCK_WIDTH=max(16, triton.next_power_of_2(width)),
-                BLOCK_Q=TILE,
+                BLOCK_Q=TILE_Q,
                 BLOCK_K=tile_k,
                 GROUP=group if is_thinned else 1,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=8,
+                num_warps=WARPS,
+                num_stages=STAGES,
             )
         if is_thinned and n_keys > searched:
             _thin_kernel[(n_rows, batch)](keys, maxima, starts, bounds, *thinned, *place, GROUP=group, **sizes)

@@ -59,7 +59,8 @@ def draw_tokens(shape: str, n_heads: int, n_kv: int) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them in a short row."""
-    monkeypatch.setattr(triton_select, "TILE", 16)
+    monkeypatch.setattr(triton_select, "TILE_Q", 16)
+    monkeypatch.setattr(triton_select, "TILE_K", 16)
     monkeypatch.setattr(triton_kl_dense, "BLOCK", 16)
 
 
