@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from split_models import (
     CPU,
     LENGTH,
+    MIXERS,
     ONE_GROUP,
     batches,
     check_evaluated,
@@ -52,6 +54,13 @@ from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 
 
+def chosen_by(**options: Any) -> MixersConfig:
+    return replace(MIXERS, dsa=replace(MIXERS.dsa, **options))
+
+
+REUSED = chosen_by(reuse_every=2, forced_first=True, forced_local=1)
+
+
 def mesh(context: int, **degrees: int) -> ParallelDims:
     return ParallelDims.build(ParallelismConfig(context_parallel_degree=context, **degrees), "cpu")
 
@@ -65,6 +74,17 @@ def every_mixer() -> None:
             check_same(config(name), dims, packed=packed)
 
 
+def choices_of_every_kind() -> None:
+    """Of earlier loops and new ones, with tokens that are forced; none, while the indexer learns from all keys or where
+    rows have no more than may be chosen; and more than the first stretch has."""
+    dims = mesh(2)
+    for packed in (False, True):
+        check_same(config("gdn", "dsa", mixers=REUSED), dims, packed=packed, n_steps=2)
+        check_same(config("dsa"), dims, packed=packed, options={"sees_all": True})
+        for top_k in (8, LENGTH):
+            check_same(config("dsa", mixers=chosen_by(top_k=top_k)), dims, packed=packed)
+
+
 def several_steps() -> None:
     check_same(config("gdn", "full", tied=False), mesh(2), n_steps=4)
 
@@ -73,14 +93,20 @@ def recompute_and_fewer_loops() -> None:
     dims = mesh(2)
     for mode in ("block", "selective", "loop", "nested"):
         check_same(config("rwkv7", "full"), dims, activation_checkpoint=mode, packed=True)
+        check_same(config("dsa", mixers=REUSED), dims, activation_checkpoint=mode, packed=mode != "loop")
     check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
+    check_same(config("dsa", mixers=REUSED), dims, options={"n_backward_loops": 2})
 
 
 def diagnosed_and_observed_alike() -> None:
     loop_diagnostics.QUERIES_PER_ROW = 3  # every fourth token, which in the second half is not its first
     dims = mesh(2)
-    for packed in (False, True):
-        shape, text = config("gdn", "full"), batches(0, packed)
+    for packed, shape, n_figures in (
+        *((packed, config("gdn", "full"), 3 * 5) for packed in (False, True)),
+        *((packed, config("gdn", "dsa"), 3 * 6 - 1) for packed in (False, True)),  # no overlap in the first loop
+        (True, config("gdn", "dsa", mixers=REUSED), 3 * 6 - 1),
+    ):
+        text = batches(0, packed)
         one, split = whole_model(shape), split_model(shape, dims, True)
         figures, statistics = [], [LoopStatistics(3, CPU) for _ in range(2)]
         for model, part, observer in zip((split, one), (own_part(text, dims), text), statistics, strict=True):
@@ -88,24 +114,27 @@ def diagnosed_and_observed_alike() -> None:
             with model.core.observed_by(observer):
                 loss_of(model, part)
             figures[-1] |= observer.figures()
-        assert len(figures[1]) == 3 * 5
+        assert len(figures[1]) == n_figures
         assert figures[0] == pytest.approx(figures[1], rel=1e-10)
 
 
 def evaluated_alike() -> None:
     check_evaluated(config("gdn", "full"), mesh(2))
+    check_evaluated(config("gdn", "dsa"), mesh(2))
 
 
 def collectives_per_visit() -> None:
-    """One gather of keys and values; one of a recurrence's ends and one for each of its three convolutions.
+    """One gather of keys and values, and of an indexer's keys with them; one of a recurrence's ends and one for each of
+    its three convolutions.
 
-    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For retnet: 2 states of
-    12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states of 6 x 6 with 6 x 6, and 3 tokens of 12, 12
-    and 24 channels. Of two ranks each sends its own.
+    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For dsa: index keys of 6
+    channels beside these. For retnet: 2 states of 12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states
+    of 6 x 6 with 6 x 6, and 3 tokens of 12, 12 and 24 channels. Of two ranks each sends its own.
     """
     dims = mesh(2)
     sizes = {"full": 2 * 6 * 2 * 4, "retnet": 2 * 12 * (10 + 12), "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24)}
-    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4)):
+    sizes["dsa"] = sizes["full"] + 6 * 6
+    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4), ("dsa", 1)):
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
         loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
@@ -128,8 +157,9 @@ def memory_as_predicted() -> None:
     """What the last rank keeps of the core for the backward pass, but for a few bytes."""
     dims = mesh(2)
     assert dims.context_mesh is not None
-    for name in ("full", "window", "gdn", "mamba2"):
-        model, given = whole_model(config(name)), []
+    for name in ("full", "window", "gdn", "mamba2", "dsa", "dsa reused"):
+        shape = config("dsa", mixers=REUSED) if name == "dsa reused" else config(name)
+        model, given = whole_model(shape), []
         apply_context_parallel(model, dims.context_mesh)
         handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
         (batch, _) = own_part(batches(0, packed=False), dims)
@@ -172,17 +202,22 @@ def logits_of_a_stretch() -> None:
 def four_stretches() -> None:
     """A convolution of four taps reaches over a whole stretch of three tokens, and a document over all of them."""
     dims = mesh(4)
-    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window"):
+    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window", "dsa"):
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
+    check_same(config("dsa", mixers=REUSED), dims, packed=True)
+    check_same(config("dsa"), dims, packed=True, options={"sees_all": True})
 
 
 def with_fsdp_and_tensor_parallelism() -> None:
     check_same(config("gdn", "full"), mesh(2), packed=True, n_steps=2)
     check_same(config("mamba2", "window"), mesh(2), loop_reshard="per_visit", activation_checkpoint="block")
+    check_same(config("dsa", mixers=REUSED), mesh(2), packed=True, n_steps=2)
     dims = mesh(2, tensor_parallel_degree=2)
     assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
     check_same(config("gdn", "full"), dims, packed=True)
+    check_same(config("gdn", "dsa", mixers=REUSED), dims, packed=True, n_steps=2)
+    check_same(config("dsa"), dims, sequence_parallel=False, options={"sees_all": True})
     check_same(config("rwkv7", "mamba2", mixers=ONE_GROUP), dims, sequence_parallel=False, packed=True)
     check_same(config("gdn"), mesh(2, data_parallel_replicate_degree=2), n_steps=2)
 
@@ -191,11 +226,14 @@ def compiled() -> None:
     dims = mesh(2)
     for name in ("gdn", "rwkv7", "retnet"):
         check_same(config(name, "full"), dims, compile_backend="aot_eager", packed=True)
+    for packed in (False, True):
+        check_same(config("gdn", "dsa", mixers=REUSED), dims, compile_backend="aot_eager", packed=packed)
 
 
 def test_two_ranks_against_one() -> None:
     works = [
         every_mixer,
+        choices_of_every_kind,
         several_steps,
         recompute_and_fewer_loops,
         diagnosed_and_observed_alike,
