@@ -268,7 +268,8 @@ def _with_earlier_keys(
 ) -> tuple[Tensor, Tensor, Tensor, Index | None]:
     """All in rows (B, L, ...), and of k, v and the indexer's keys those of earlier stretches too."""
     if index is None:
-        return stretch.rows(q), *rows_so_far(k, v, stretch=stretch), None
+        k, v = rows_so_far(k, v, stretch=stretch)
+        return stretch.rows(q), k, v, None
     index_q, index_k, w = index
     k, v, index_k = rows_so_far(k, v, index_k, stretch=stretch)
     return stretch.rows(q), k, v, (stretch.rows(index_q), index_k, stretch.rows(w))

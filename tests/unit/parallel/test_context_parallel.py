@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from split_models import (
     CPU,
     LENGTH,
-    MIXERS,
     ONE_GROUP,
     batches,
     check_evaluated,
@@ -54,13 +52,6 @@ from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 
 
-def chosen_by(**options: Any) -> MixersConfig:
-    return replace(MIXERS, dsa=replace(MIXERS.dsa, **options))
-
-
-REUSED = chosen_by(reuse_every=2, forced_first=True, forced_local=1)
-
-
 def mesh(context: int, **degrees: int) -> ParallelDims:
     return ParallelDims.build(ParallelismConfig(context_parallel_degree=context, **degrees), "cpu")
 
@@ -74,17 +65,6 @@ def every_mixer() -> None:
             check_same(config(name), dims, packed=packed)
 
 
-def choices_of_every_kind() -> None:
-    """Of earlier loops and new ones, with tokens that are forced; none, while the indexer learns from all keys or where
-    rows have no more than may be chosen; and more than the first stretch has."""
-    dims = mesh(2)
-    for packed in (False, True):
-        check_same(config("gdn", "dsa", mixers=REUSED), dims, packed=packed, n_steps=2)
-        check_same(config("dsa"), dims, packed=packed, options={"sees_all": True})
-        for top_k in (8, LENGTH):
-            check_same(config("dsa", mixers=chosen_by(top_k=top_k)), dims, packed=packed)
-
-
 def several_steps() -> None:
     check_same(config("gdn", "full", tied=False), mesh(2), n_steps=4)
 
@@ -93,20 +73,14 @@ def recompute_and_fewer_loops() -> None:
     dims = mesh(2)
     for mode in ("block", "selective", "loop", "nested"):
         check_same(config("rwkv7", "full"), dims, activation_checkpoint=mode, packed=True)
-        check_same(config("dsa", mixers=REUSED), dims, activation_checkpoint=mode, packed=mode != "loop")
     check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
-    check_same(config("dsa", mixers=REUSED), dims, options={"n_backward_loops": 2})
 
 
 def diagnosed_and_observed_alike() -> None:
     loop_diagnostics.QUERIES_PER_ROW = 3  # every fourth token, which in the second half is not its first
     dims = mesh(2)
-    for packed, shape, n_figures in (
-        *((packed, config("gdn", "full"), 3 * 5) for packed in (False, True)),
-        *((packed, config("gdn", "dsa"), 3 * 6 - 1) for packed in (False, True)),  # no overlap in the first loop
-        (True, config("gdn", "dsa", mixers=REUSED), 3 * 6 - 1),
-    ):
-        text = batches(0, packed)
+    for packed in (False, True):
+        shape, text = config("gdn", "full"), batches(0, packed)
         one, split = whole_model(shape), split_model(shape, dims, True)
         figures, statistics = [], [LoopStatistics(3, CPU) for _ in range(2)]
         for model, part, observer in zip((split, one), (own_part(text, dims), text), statistics, strict=True):
@@ -114,13 +88,12 @@ def diagnosed_and_observed_alike() -> None:
             with model.core.observed_by(observer):
                 loss_of(model, part)
             figures[-1] |= observer.figures()
-        assert len(figures[1]) == n_figures
+        assert len(figures[1]) == 3 * 5
         assert figures[0] == pytest.approx(figures[1], rel=1e-10)
 
 
 def evaluated_alike() -> None:
     check_evaluated(config("gdn", "full"), mesh(2))
-    check_evaluated(config("gdn", "dsa"), mesh(2))
 
 
 def collectives_per_visit() -> None:
@@ -157,9 +130,8 @@ def memory_as_predicted() -> None:
     """What the last rank keeps of the core for the backward pass, but for a few bytes."""
     dims = mesh(2)
     assert dims.context_mesh is not None
-    for name in ("full", "window", "gdn", "mamba2", "dsa", "dsa reused"):
-        shape = config("dsa", mixers=REUSED) if name == "dsa reused" else config(name)
-        model, given = whole_model(shape), []
+    for name in ("full", "window", "gdn", "mamba2", "dsa"):
+        model, given = whole_model(config(name)), []
         apply_context_parallel(model, dims.context_mesh)
         handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
         (batch, _) = own_part(batches(0, packed=False), dims)
@@ -202,22 +174,17 @@ def logits_of_a_stretch() -> None:
 def four_stretches() -> None:
     """A convolution of four taps reaches over a whole stretch of three tokens, and a document over all of them."""
     dims = mesh(4)
-    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window", "dsa"):
+    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window"):
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
-    check_same(config("dsa", mixers=REUSED), dims, packed=True)
-    check_same(config("dsa"), dims, packed=True, options={"sees_all": True})
 
 
 def with_fsdp_and_tensor_parallelism() -> None:
     check_same(config("gdn", "full"), mesh(2), packed=True, n_steps=2)
     check_same(config("mamba2", "window"), mesh(2), loop_reshard="per_visit", activation_checkpoint="block")
-    check_same(config("dsa", mixers=REUSED), mesh(2), packed=True, n_steps=2)
     dims = mesh(2, tensor_parallel_degree=2)
     assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
     check_same(config("gdn", "full"), dims, packed=True)
-    check_same(config("gdn", "dsa", mixers=REUSED), dims, packed=True, n_steps=2)
-    check_same(config("dsa"), dims, sequence_parallel=False, options={"sees_all": True})
     check_same(config("rwkv7", "mamba2", mixers=ONE_GROUP), dims, sequence_parallel=False, packed=True)
     check_same(config("gdn"), mesh(2, data_parallel_replicate_degree=2), n_steps=2)
 
@@ -226,14 +193,11 @@ def compiled() -> None:
     dims = mesh(2)
     for name in ("gdn", "rwkv7", "retnet"):
         check_same(config(name, "full"), dims, compile_backend="aot_eager", packed=True)
-    for packed in (False, True):
-        check_same(config("gdn", "dsa", mixers=REUSED), dims, compile_backend="aot_eager", packed=packed)
 
 
 def test_two_ranks_against_one() -> None:
     works = [
         every_mixer,
-        choices_of_every_kind,
         several_steps,
         recompute_and_fewer_loops,
         diagnosed_and_observed_alike,
@@ -319,4 +283,6 @@ def test_softmax_attention_in_fp32_on_a_gpu_is_refused() -> None:
         apply_context_parallel(model, dims.context_mesh)
         with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
             apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
+        with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
+            apply_context_parallel(build_on_meta(config("dsa"), "fla"), dims.context_mesh, param_dtype=torch.float32)
         apply_context_parallel(build_on_meta(config("gdn"), "fla"), dims.context_mesh, param_dtype=torch.float32)
