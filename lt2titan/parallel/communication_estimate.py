@@ -55,7 +55,8 @@ def of_activations(
     core: CoreMemory, layout: Layout, plan: RecomputePlan, *, n_microbatches: int, n_loops: int, n_backward_loops: int
 ) -> dict[str, Sent]:
     """What tensor and context parallelism send in the core. Left out: embedding, final norm, head and loss, which do
-    so once per microbatch and not per visit, and sums over channels inside of mixers (HGRN2, Mamba-2).
+    so once per microbatch and not per visit, and what tensor-parallel ranks tell each other inside of mixers: sums over
+    channels (HGRN2, Mamba-2), the heads of all that an indexer learns from (DSA).
 
     Tensor parallelism (see parallel/tensor_parallel.py) gathers or sums hidden states twice per visit and direction;
     context parallelism gathers what mixers fetch of earlier stretches, and scatters gradients of it back. What is
@@ -88,7 +89,7 @@ def of_activations(
     elif ring:
         result["all-reduce of tokens"] = _sent(2 * (scattered + backward) * m, 2 * core.input * ring)
     if layout.n_context > 1:
-        ring = _ring(layout.n_context) / layout.n_tensor  # heads are split
+        ring = _ring(layout.n_context) / layout.n_tensor  # heads are split; an indexer's keys count as if they were
         result["all-gather of earlier stretches"] = Sent(fetched.n_times * m, int(fetched.n_bytes * m * ring))
         result["reduce-scatter of their gradients"] = Sent(given.n_times * m, int(given.n_bytes * m * ring))
     return result

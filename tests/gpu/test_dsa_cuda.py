@@ -40,8 +40,12 @@ def step(index: list[Tensor], tokens: list[Tensor], bounds: Tensor | None = None
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_synchronisation(packed: bool) -> None:
+@pytest.mark.parametrize("n_before", [0, 300])
+def test_no_synchronisation(packed: bool, n_before: int) -> None:
+    """Nor with keys of earlier tokens that have no query here."""
     index, tokens = draw(700)
+    (q_index, k_index, w), (q, k, v) = index, tokens
+    index, tokens = [q_index[:, n_before:], k_index, w[:, n_before:]], [q[:, n_before:], k, v]
     bounds = torch.tensor([0, 1, 400, 700, 700], dtype=torch.int32, device="cuda") if packed else None
 
     def both_phases() -> None:

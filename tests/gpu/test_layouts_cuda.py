@@ -28,7 +28,7 @@ from lt2titan.kernels.packing import make_chunk_indices
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, MixersConfig, WindowConfig
+from lt2titan.model.mixers.config import DSAConfig, FullConfig, MixersConfig, WindowConfig
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.config.context_parallel import WITHOUT
 from lt2titan.parallel.fsdp import reshard
@@ -50,7 +50,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def config(mixer: str) -> ModelConfig:
     """The mixer and full attention in turns, two heads each, as wide as the 1.3B model's."""
-    mixers = MixersConfig(full=FullConfig(n_heads=2), window=WindowConfig(n_heads=2, window=33))
+    mixers = MixersConfig(
+        full=FullConfig(n_heads=2), window=WindowConfig(n_heads=2, window=33), dsa=DSAConfig(n_kv_heads=2, top_k=64)
+    )
     for sizes in (getattr(mixers, name) for name in MixersConfig.names()):
         if hasattr(sizes, "n_heads"):
             sizes.n_heads = 2
@@ -79,8 +81,9 @@ def own_part(whole: Batch, dims: ParallelDims) -> Batch:
 
 
 def loss_and_gradient(model: LT2, part: Batch, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = model(**model_inputs(part, device)) / (2 * LENGTH)
-    loss.backward()
+    nats, auxiliary = model(**model_inputs(part, device), with_auxiliary=True)
+    loss = nats / (2 * LENGTH)
+    sum((kl / (2 * LENGTH) for kl in auxiliary.values()), loss).backward()
     reshard(model)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}

@@ -12,7 +12,7 @@ PURE = "--model.hybrid.mixer ''"
 PACKED = "--training.dataset files --model.vocab_size 264 --data.document_mask --data.max_documents_per_sample 16"
 FLOAT8 = f"--model.mixer full {PURE} --float8.emulate --float8.min_size 16 --float8.no_auto_filter --float8.recipe"
 
-MIXERS = ["full", "window", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gdn", "kda", "rwkv7"]
+MIXERS = ["full", "window", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gdn", "kda", "rwkv7", "dsa"]
 
 # What is trained: changes to tests/assets/layouts.toml that change the numbers.
 MODELS = {
@@ -30,6 +30,7 @@ MODELS = {
     "mamba2+window": "--model.mixer mamba2 --model.hybrid.mixer window",
     "mamba2+window packed": f"--model.mixer mamba2 --model.hybrid.mixer window {PACKED}",
     "kda+full": "--model.mixer kda",
+    "gdn+dsa reused packed": f"--model.hybrid.mixer dsa --model.mixers.dsa.reuse_every 2 {PACKED}",
     "deltanet+gla": "--model.mixer deltanet --model.hybrid.mixer gla",
     "full bf16": f"--model.mixer full {PURE} --training.mixed_precision_param bfloat16",
     # One scale serves a whole microbatch: the same four rows share it in every layout of cases with this model.
@@ -137,6 +138,7 @@ CASES = [
     Case(2, "cp nested 2-rows", "rwkv7+full packed"),
     Case(2, "cp compile", "gdn+full packed"),
     Case(2, "cp per_visit", "kda+full"),
+    Case(2, "cp selective", "gdn+dsa reused packed"),
     Case(2, "cp", "full rowwise_with_gw_hp", *FLOAT8_CONTEXT),
     Case(4, "fsdp per_visit 1-row", "gdn+full"),
     Case(4, "hsdp per_pass 1-row block", "kda+full"),
@@ -179,7 +181,11 @@ def _wide() -> list[Case]:
         cases += [Case(2, f"{degree} {policy} undeferred 2-rows", "gdn+full") for policy in POLICIES]
         cases += [Case(2, f"{degree} {policy} offload", "gdn+full untied") for policy in POLICIES]
         cases += [Case(2, degree, f"gdn+full {loops}") for loops in ("sampled", "truncated", "windows")]
-    for model in ("full packed", "window packed", "rwkv7+full packed", "mamba2+window packed"):
+    cases += [
+        Case(2, f"{degree} {mode}", "gdn+dsa reused packed") for degree in DEGREES for mode in ("nested", "compile")
+    ]
+    packed = ("full packed", "window packed", "rwkv7+full packed", "mamba2+window packed", "gdn+dsa reused packed")
+    for model in packed:
         cases += [Case(4, layout, model) for layout in ("tp cp", "cp4", "tp fsdp compile", "cp fsdp compile")]
     # Its C++ takes most of a minute; tests/unit/parallel/test_compile_training.py compiles with it in the default part.
     cases += [Case(1, "inductor", "full")]

@@ -16,6 +16,10 @@ from lt2titan.model.mixers.config import DSAConfig
 from lt2titan.model.mixers.full import write
 from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.shares import gather_last, local
+from lt2titan.model.stretch import Stretch, rows_so_far
+
+Index = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and weights of the indexer, as in `DSA.index`."""
 
 INDEXER_KL = "indexer_kl"
 """Name in the carry of the indexers' loss so far (1,): KL summed over queries, layers and loops, in nats."""
@@ -79,7 +83,7 @@ class DSA(Mixer):
         k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
         return q, k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
-    def index(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def index(self, x: Tensor, context: Context) -> Index:
         """The indexer's queries (B, L, J, E), keys (B, L, E) and weights (B, L, J) of x (B, L, dim), which gets no
         gradient from them."""
         x, tables = x.detach(), context.rotary[self.index_head_dim]
@@ -96,9 +100,13 @@ class DSA(Mixer):
         sees_all = context.sees_all or self.top_k >= context.max_seqlen
         learns = torch.is_grad_enabled() and not context.reuses_selection
         index = None if context.reuses_selection or (sees_all and not learns) else self.index(x, context)
+        shape, cu_seqlens = q.shape, context.cu_seqlens  # boundaries over keys
+        if context.stretch is not None:
+            q, k, v, index = _with_earlier_keys(q, k, v, index, context.stretch)
+            cu_seqlens = context.stretch.cu_seqlens_k
         indices = lse = None
         if sees_all:
-            y = attention(q, k, v, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen, backend=self.backend)
+            y = self._attend_all(q, k, v, context, cu_seqlens)
         else:
             if index is None:
                 indices = carry[_slot(0)]
@@ -108,7 +116,7 @@ class DSA(Mixer):
                     top_k=self.top_k,
                     forced_first=self.forced_first,
                     forced_local=self.forced_local,
-                    cu_seqlens=context.cu_seqlens,
+                    cu_seqlens=cu_seqlens,
                     backend=self.backend,
                 )
             y, lse = dsa_attention(q, k, v, indices, backend=self.backend)
@@ -121,11 +129,24 @@ class DSA(Mixer):
                 self.of_all_ranks(k, self.head_dim),
                 indices=indices,
                 lse=None if lse is None else self.of_all_ranks(lse),
-                cu_seqlens=context.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 backend=self.backend,
             )
             carry = {**carry, INDEXER_KL: carry[INDEXER_KL] + kl}
-        return y, carry
+        return y.reshape(shape), carry
+
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cu_seqlens_k: Tensor | None) -> Tensor:
+        if context.cu_seqlens is not None:  # of packed rows it takes one with boundaries
+            q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+        return attention(
+            q,
+            k,
+            v,
+            cu_seqlens=context.cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen=context.max_seqlen,
+            backend=self.backend,
+        )
 
     def of_all_ranks(self, x: Tensor, width: int = 0) -> Tensor:
         """Of every rank, without gradient: (B, L, H / n, ...) -> (B, L, H, ...), the last dimension ``width`` wide."""
@@ -150,8 +171,11 @@ class DSA(Mixer):
             return {}
         dtype = torch.promote_types(x.dtype, torch.float32)
         carry = {INDEXER_KL: x.new_zeros(1, dtype=dtype, requires_grad=x.requires_grad)}
-        batch, length = context.positions.shape
-        shape = (batch, length, min(self.top_k, length))
+        (batch, length), n_before = context.positions.shape, 0
+        if context.stretch is not None:
+            batch, length = context.stretch.rows(context.positions).shape
+            n_before = context.stretch.share.rank * length
+        shape = (batch, length, min(self.top_k, n_before + length))
         return carry | {_slot(i): x.new_zeros(shape, dtype=torch.int32) for i in range(self.n_slots)}
 
     def _continue(
@@ -237,6 +261,18 @@ class DSA(Mixer):
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.fill_(1.0 if name == "index_norm" else 0.0)
+
+
+def _with_earlier_keys(
+    q: Tensor, k: Tensor, v: Tensor, index: Index | None, stretch: Stretch
+) -> tuple[Tensor, Tensor, Tensor, Index | None]:
+    """All in rows (B, L, ...), and of k, v and the indexer's keys those of earlier stretches too."""
+    if index is None:
+        k, v = rows_so_far(k, v, stretch=stretch)
+        return stretch.rows(q), k, v, None
+    index_q, index_k, w = index
+    k, v, index_k = rows_so_far(k, v, index_k, stretch=stretch)
+    return stretch.rows(q), k, v, (stretch.rows(index_q), index_k, stretch.rows(w))
 
 
 def _mean_chosen(top_k: int, seq_len: int) -> float:

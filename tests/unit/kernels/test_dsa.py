@@ -125,6 +125,16 @@ def test_the_kl_and_its_gradients_are_those_of_autograd(shape: str, is_dense: bo
     assert torch.autograd.grad(got, [q, k], allow_unused=True) == (None, None)
 
 
+def test_a_document_ends_with_its_row() -> None:
+    """Boundaries that say otherwise make no query look for keys in front of its row."""
+    index, tokens, _ = draw("later queries")
+    one = torch.tensor([0, 2 * 23], dtype=torch.int32)
+    chosen = [dsa_select(**index, top_k=4, cu_seqlens=bounds, backend="reference") for bounds in (one, None)]
+    assert torch.equal(*chosen)
+    kl = [dsa_indexer_kl(**index, q=tokens["q"], k=tokens["k"], cu_seqlens=b, backend="reference") for b in (one, None)]
+    assert torch.equal(*kl)
+
+
 def test_equals_fla_naive_dsa() -> None:
     """Which of equal scores wins is left open there, so selections are compared by their scores, and attention over
     fla's selection."""
@@ -173,6 +183,12 @@ def test_what_does_not_fit_is_refused() -> None:
         dsa_select(**index, top_k=3, backend="fla")
     with pytest.raises(ValueError, match=r"index_k \(B, Lk, E\) with Lk at least L"):
         dsa_select(index["index_q"], index["index_k"][:, 1:], index["w"], top_k=3, backend="reference")
+    with pytest.raises(ValueError, match="Lk at least L"):
+        dsa_attention(tokens["q"], tokens["k"][:, 1:], tokens["v"][:, 1:], torch.zeros(2, 23, 1).int(), backend="fla")
+    with pytest.raises(ValueError, match="k as many as index_k"):
+        dsa_indexer_kl(**index, q=tokens["q"][:, 1:], k=tokens["k"][:, 1:], backend="reference")
+    with pytest.raises(ValueError, match="cu_seqlens is a 1-D int32 tensor"):
+        dsa_select(**index, top_k=3, cu_seqlens=torch.tensor([0.0, 23.0]), backend="reference")
     with pytest.raises(ValueError, match="H a multiple of Hkv"):
         dsa_attention(tokens["q"][:, :, :3], *list(tokens.values())[1:], torch.zeros(2, 23, 1).int(), backend="fla")
     with pytest.raises(ValueError, match="indices come with lse"):

@@ -97,15 +97,17 @@ def evaluated_alike() -> None:
 
 
 def collectives_per_visit() -> None:
-    """One gather of keys and values; one of a recurrence's ends and one for each of its three convolutions.
+    """One gather of keys and values, and of an indexer's keys with them; one of a recurrence's ends and one for each of
+    its three convolutions.
 
-    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For retnet: 2 states of
-    12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states of 6 x 6 with 6 x 6, and 3 tokens of 12, 12
-    and 24 channels. Of two ranks each sends its own.
+    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For dsa: index keys of 6
+    channels beside these. For retnet: 2 states of 12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states
+    of 6 x 6 with 6 x 6, and 3 tokens of 12, 12 and 24 channels. Of two ranks each sends its own.
     """
     dims = mesh(2)
     sizes = {"full": 2 * 6 * 2 * 4, "retnet": 2 * 12 * (10 + 12), "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24)}
-    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4)):
+    sizes["dsa"] = sizes["full"] + 6 * 6
+    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4), ("dsa", 1)):
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
         loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
@@ -128,7 +130,7 @@ def memory_as_predicted() -> None:
     """What the last rank keeps of the core for the backward pass, but for a few bytes."""
     dims = mesh(2)
     assert dims.context_mesh is not None
-    for name in ("full", "window", "gdn", "mamba2"):
+    for name in ("full", "window", "gdn", "mamba2", "dsa"):
         model, given = whole_model(config(name)), []
         apply_context_parallel(model, dims.context_mesh)
         handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
@@ -281,4 +283,6 @@ def test_softmax_attention_in_fp32_on_a_gpu_is_refused() -> None:
         apply_context_parallel(model, dims.context_mesh)
         with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
             apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
+        with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
+            apply_context_parallel(build_on_meta(config("dsa"), "fla"), dims.context_mesh, param_dtype=torch.float32)
         apply_context_parallel(build_on_meta(config("gdn"), "fla"), dims.context_mesh, param_dtype=torch.float32)
