@@ -162,7 +162,11 @@ def core_memory(
         rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
         cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
         sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
-        layouts = {size: block_layout(*shape, size, cu_seqlens, positions.device) for size in sorted(sizes)}
+        length_k = n_context * shape[1]
+        layouts = {
+            size: block_layout(*shape, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens)
+            for size in sorted(sizes)
+        }
         stretch = None
         if n_context > 1:
             share = Share(n_context - 1, n_context, "shapes alone")  # fake collectives ask for no group

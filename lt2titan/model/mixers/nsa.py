@@ -23,6 +23,7 @@ from lt2titan.model.mixers.config import NSAConfig
 from lt2titan.model.mixers.config.sizes import divisors
 from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.shares import gather_last
+from lt2titan.model.stretch import with_earlier_keys
 
 
 class NSA(Mixer):
@@ -60,6 +61,10 @@ class NSA(Mixer):
 
     def _branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Branches:
         block_size, backend, layout = self.block_size, self.backend, context.key_blocks[self.block_size]
+        cu_seqlens_k = context.cu_seqlens
+        if context.stretch is not None:
+            k, v = (x.contiguous() for x in with_earlier_keys(k, v, context.stretch))  # copied once for all branches
+            cu_seqlens_k = context.stretch.cu_seqlens_k
         k_cmp, v_cmp = compress(k, layout, block_size), compress(v, layout, block_size)
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, block_size=block_size, backend=backend)
         with torch.no_grad():
@@ -78,6 +83,7 @@ class NSA(Mixer):
             v,
             window=self.window,
             cu_seqlens=context.cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
             max_seqlen=context.max_seqlen,
             backend=backend,
         )

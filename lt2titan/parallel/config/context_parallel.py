@@ -6,7 +6,7 @@ from lt2titan.config.section import ConfigError
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.mixers.config.sizes import divisors
 
-WITHOUT = ("nsa", "dsa")
+WITHOUT = ("dsa",)
 """Mixers that do not reach tokens of other ranks yet."""
 
 
