@@ -66,6 +66,7 @@ class BlockMemory(NamedTuple):
     carry_selected: int  # of which mode selective keeps as well
     gathers: int = 0  # all-gathers of the forward pass (context parallelism)
     gathered: int = 0  # bytes that they return
+    gathers_whole: bool = False  # on every tensor-parallel rank all of them
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
         carry_selected=sum(n for key, n in of_carry.items() if key in of_policy),
         gathers=len(gathered.tensors),
         gathered=sum(t.nbytes for t in gathered.tensors),
+        gathers_whole=block.mixer.keys_are_whole,
     )
 
 

@@ -1,7 +1,8 @@
 """Context parallelism: every rank has one stretch of each row, and mixers fetch what they need of earlier ones.
 
     attention      all-gathers keys and values (backward: reduce-scatter), and masks by where tokens stand in the row;
-                   or passes them round in a ring (kernels/attention/ring.py).
+                   or passes them round in a ring (kernels/attention/ring.py). Sparse attention (nsa) gathers them too,
+                   and compresses and chooses blocks of them as one process would.
     recurrences    all-gather what each stretch does to a state, (K + V) K numbers per head and row (model/stretch.py).
     convolutions, token shift    all-gather the last few tokens of each stretch.
 
@@ -22,6 +23,7 @@ from lt2titan.config.section import ConfigError
 from lt2titan.kernels.attention.ring import ring_problem
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.full import Full
+from lt2titan.model.mixers.nsa import NSA
 from lt2titan.model.shares import Share
 
 logger = logging.getLogger("lt2titan")
@@ -41,12 +43,13 @@ def apply_context_parallel(
         ConfigError: a ring on a CPU, on plain PyTorch, or with a torch that has none; softmax attention in fp32 by GPU
             kernels, which the first rank could do and the others not.
     """
-    softmax_on_gpu = any(isinstance(b.mixer, Full) and b.mixer.backend != "reference" for b in model.core.blocks)
+    mixers = [block.mixer for block in model.core.blocks]
+    softmax_on_gpu = any(isinstance(mixer, (Full, NSA)) and mixer.backend != "reference" for mixer in mixers)
     if softmax_on_gpu and param_dtype not in (torch.bfloat16, torch.float16):
         reason = "attention to keys of other ranks runs in bfloat16 on a GPU; use it, or context_parallel_degree = 1"
         raise ConfigError("training.mixed_precision_param", str(param_dtype).removeprefix("torch."), reason)
     if attention == "ring":
-        if mesh.device_type != "cuda" or any(block.mixer.backend == "reference" for block in model.core.blocks):
+        if mesh.device_type != "cuda" or any(mixer.backend == "reference" for mixer in mixers):
             reason = 'needs GPUs, and their kernels (kernels.backend); use "gather"'
             raise ConfigError("parallelism.context_parallel_attention", "ring", reason)
         if problem := ring_problem():

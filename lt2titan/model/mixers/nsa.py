@@ -40,6 +40,7 @@ class NSA(Mixer):
         self.head_dim = self.rotary_dim = dim // config.n_heads
         self.block_size = self.key_block_size = config.block_size
         self.n_blocks, self.window, self.backend = config.n_blocks, config.window, common.backend
+        self.keys_are_whole = self.n_kv_heads == 1
         if common.backend == "fla":
             _check_gpu_sizes(config, dim)
         self.q_proj = Linear(dim, dim, init_std=dim**-0.5)
@@ -69,7 +70,7 @@ class NSA(Mixer):
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, block_size=block_size, backend=backend)
         with torch.no_grad():
             ranking_q = q
-            if self.share.n_ranks > 1 and self.n_kv_heads == 1:
+            if self.share.n_ranks > 1 and self.keys_are_whole:
                 # The ranks have heads of one group: every one ranks by all of them, and so all choose the same.
                 ranking_q = gather_last(q.flatten(-2), self.share).unflatten(-1, (-1, self.head_dim))
                 lse = gather_last(lse, self.share)
@@ -114,7 +115,7 @@ class NSA(Mixer):
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
         rows = ["q_proj.weight", "gate_proj.weight"]
-        if self.n_kv_heads > 1:  # one key head is whole on every rank
+        if not self.keys_are_whole:
             rows += ["k_proj.weight", "v_proj.weight"]
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from split_models import (
     CPU,
     LENGTH,
     ONE_GROUP,
+    TWO_KEY_HEADS,
     batches,
     check_evaluated,
     check_same,
@@ -27,6 +29,7 @@ from split_models import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
@@ -39,7 +42,7 @@ from lt2titan.model.config import LoopConfig
 from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import MixersConfig
+from lt2titan.model.mixers.config import MixersConfig, NSAConfig
 from lt2titan.model.recompute import KEEP_ALL
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
@@ -73,6 +76,7 @@ def recompute_and_fewer_loops() -> None:
     dims = mesh(2)
     for mode in ("block", "selective", "loop", "nested"):
         check_same(config("rwkv7", "full"), dims, activation_checkpoint=mode, packed=True)
+        check_same(config("nsa"), dims, activation_checkpoint=mode)
     check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
 
 
@@ -101,11 +105,16 @@ def collectives_per_visit() -> None:
 
     In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For retnet: 2 states of
     12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states of 6 x 6 with 6 x 6, and 3 tokens of 12, 12
-    and 24 channels. Of two ranks each sends its own.
+    and 24 channels. For NSA as for full, with 1 key head. Of two ranks each sends its own.
     """
     dims = mesh(2)
-    sizes = {"full": 2 * 6 * 2 * 4, "retnet": 2 * 12 * (10 + 12), "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24)}
-    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4)):
+    sizes = {
+        "full": 2 * 6 * 2 * 4,
+        "retnet": 2 * 12 * (10 + 12),
+        "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24),
+        "nsa": 2 * 6 * 4,
+    }
+    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4), ("nsa", 1)):
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
         loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
@@ -124,11 +133,38 @@ def collectives_per_visit() -> None:
         assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name
 
 
+def bytes_beside_tensor_parallelism() -> None:
+    """Keys are gathered in parts by heads, but for a single one, which every rank has whole."""
+    dims = mesh(2, tensor_parallel_degree=2)
+    for shape in (config("full"), config("nsa"), config("nsa", mixers=TWO_KEY_HEADS), config("gdn", "nsa")):
+        split, part = split_model(shape, dims, True), own_part(batches(0, packed=False), dims)[:1]
+        with Gathered(split.stretches.group) as gathered:
+            loss_of(split, part)
+        core = core_memory(whole_model(shape), batch_size=2, length=6, dtype=torch.float64, n_context=2)
+        once = {"n_microbatches": 1, "n_loops": 3, "n_backward_loops": 0}
+        predicted = of_activations(core, Layout(n_context=2, n_tensor=2, sequence_parallel=True), KEEP_ALL, **once)
+        assert gathered.n_bytes > 0
+        assert predicted["all-gather of earlier stretches"].n_bytes == gathered.n_bytes, (shape.mixer, predicted)
+
+
+class Gathered(TorchDispatchMode):
+    """Bytes that this rank brings to all-gathers of a process group."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self.group, self.n_bytes = group, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_gather_into_tensor.default and args[2] == self.group:
+            self.n_bytes += args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
 def memory_as_predicted() -> None:
     """What the last rank keeps of the core for the backward pass, but for a few bytes."""
     dims = mesh(2)
     assert dims.context_mesh is not None
-    for name in ("full", "window", "gdn", "mamba2"):
+    for name in ("full", "window", "gdn", "mamba2", "nsa"):
         model, given = whole_model(config(name)), []
         apply_context_parallel(model, dims.context_mesh)
         handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
@@ -138,7 +174,8 @@ def memory_as_predicted() -> None:
         h, context, *_ = given[0]
         saved = saved_bytes(model, h.detach().requires_grad_(), context)
         sizes = core_memory(model, batch_size=2, length=LENGTH // 2, dtype=torch.float64, n_context=2)
-        unused = sizes.shared - sum(t.nbytes for t in tree_leaves(context.rotary))  # autograd has no use for integers
+        used = tree_leaves([context.rotary, context.key_blocks])
+        unused = sizes.shared - sum(t.nbytes for t in used)  # autograd has no use for other integers
         if dims.context_rank == 1:
             assert sizes.under(KEEP_ALL).kept == pytest.approx(saved + unused, rel=0, abs=100), name
 
@@ -172,7 +209,7 @@ def logits_of_a_stretch() -> None:
 def four_stretches() -> None:
     """A convolution of four taps reaches over a whole stretch of three tokens, and a document over all of them."""
     dims = mesh(4)
-    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window"):
+    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window", "nsa"):
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
 
@@ -184,12 +221,15 @@ def with_fsdp_and_tensor_parallelism() -> None:
     assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
     check_same(config("gdn", "full"), dims, packed=True)
     check_same(config("rwkv7", "mamba2", mixers=ONE_GROUP), dims, sequence_parallel=False, packed=True)
+    check_same(config("nsa"), dims, packed=True)
+    check_same(config("gdn", "nsa", mixers=TWO_KEY_HEADS), dims, sequence_parallel=False)
+    check_same(config("gdn", "nsa"), mesh(2), packed=True, n_steps=2, loop_reshard="per_visit")
     check_same(config("gdn"), mesh(2, data_parallel_replicate_degree=2), n_steps=2)
 
 
 def compiled() -> None:
     dims = mesh(2)
-    for name in ("gdn", "rwkv7", "retnet"):
+    for name in ("gdn", "rwkv7", "retnet", "nsa"):
         check_same(config(name, "full"), dims, compile_backend="aot_eager", packed=True)
 
 
@@ -208,7 +248,7 @@ def test_two_ranks_against_one() -> None:
 
 
 def test_four_ranks_against_one() -> None:
-    run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism]))
+    run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism, bytes_beside_tensor_parallelism]))
 
 
 @pytest.mark.wide
@@ -276,9 +316,11 @@ def test_this_torch_has_the_ring_that_is_used() -> None:
 
 def test_softmax_attention_in_fp32_on_a_gpu_is_refused() -> None:
     with fake_process_group(2):
-        dims, model = mesh(2), build_on_meta(config("gdn", "full"), "fla")
+        dims = mesh(2)
         assert dims.context_mesh is not None
-        apply_context_parallel(model, dims.context_mesh)
-        with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
-            apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
+        for shape in (config("gdn", "full"), config("nsa", mixers=MixersConfig(nsa=NSAConfig(n_heads=4)))):
+            model = build_on_meta(shape, "fla")
+            apply_context_parallel(model, dims.context_mesh)
+            with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
+                apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
         apply_context_parallel(build_on_meta(config("gdn"), "fla"), dims.context_mesh, param_dtype=torch.float32)
