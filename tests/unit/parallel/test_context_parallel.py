@@ -82,13 +82,14 @@ def recompute_and_fewer_loops() -> None:
 
 
 def diagnosed_and_observed_alike() -> None:
-    loop_diagnostics.QUERIES_PER_ROW = 3  # every fourth token, which in the second half is not its first
     dims = mesh(2)
-    # Of NSA all but the first loop have an overlap with the one before. Short documents have few blocks to choose from.
-    kinds = ((config("gdn", "full"), True, 3 * 5), (config("gdn", "full"), False, 3 * 5), (config("nsa"), False, 17))
-    few = replace(MIXERS, nsa=replace(MIXERS.nsa, block_size=1))
-    for shape, packed, n_figures in (*kinds, (config("nsa", mixers=few), True, 17)):
-        text = batches(0, packed)
+    # Of three queries every one is the fourth token, which in the second half is not its first.
+    softmax = [(config("gdn", "full"), packed, 3, 3 * 5) for packed in (False, True)]
+    # All loops but the first have an overlap with the one before. Short documents have few blocks to choose from.
+    single_tokens = config("nsa", mixers=replace(MIXERS, nsa=replace(MIXERS.nsa, block_size=1)))
+    sparse = [(config("nsa"), False, 3, 3 * 6 - 1), (single_tokens, True, LENGTH, 3 * 6 - 1)]
+    for shape, packed, n_queries, n_figures in softmax + sparse:
+        text, loop_diagnostics.QUERIES_PER_ROW = batches(0, packed), n_queries
         one, split = whole_model(shape), split_model(shape, dims, True)
         figures, statistics = [], [LoopStatistics(3, CPU) for _ in range(2)]
         for model, part, observer in zip((split, one), (own_part(text, dims), text), statistics, strict=True):
@@ -165,7 +166,7 @@ class Gathered(TorchDispatchMode):
 
 
 def memory_as_predicted() -> None:
-    """What the last rank keeps of the core for the backward pass, but for a few bytes."""
+    """What the last rank keeps of the core for the backward pass, but for a few bytes; the first one keeps no more."""
     dims = mesh(2)
     assert dims.context_mesh is not None
     for name in ("full", "window", "gdn", "mamba2", "nsa"):
@@ -180,8 +181,10 @@ def memory_as_predicted() -> None:
         sizes = core_memory(model, batch_size=2, length=LENGTH // 2, dtype=torch.float64, n_context=2)
         used = tree_leaves([context.rotary, context.key_blocks])
         unused = sizes.shared - sum(t.nbytes for t in used)  # autograd has no use for other integers
+        predicted = sizes.under(KEEP_ALL).kept
+        assert saved + unused < predicted + 100, name
         if dims.context_rank == 1:
-            assert sizes.under(KEEP_ALL).kept == pytest.approx(saved + unused, rel=0, abs=100), name
+            assert predicted == pytest.approx(saved + unused, rel=0, abs=100), name
 
 
 def saved_bytes(model: LT2, h: torch.Tensor, context: Context) -> int:
