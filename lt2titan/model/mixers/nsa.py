@@ -90,10 +90,10 @@ class NSA(Mixer):
     def choose(self, q: Tensor, k_cmp: Tensor, lse: Tensor, layout: BlockLayout) -> Tensor:
         """Blocks (B, L, Hkv, n_blocks) of queries q (B, L, H, D), see `select_blocks`. If one key head serves the query
         heads of all tensor-parallel ranks, every one ranks by all of them, and so all choose the same."""
-        options = {"block_size": self.block_size, "backend": self.backend}
+        block_size, n_blocks = self.block_size, self.n_blocks
         with torch.no_grad():
             q, lse = self.of_group(q, self.head_dim), self.of_group(lse)
-            return select_blocks(q, k_cmp, lse, layout, n_blocks=self.n_blocks, **options)
+            return select_blocks(q, k_cmp, lse, layout, block_size=block_size, n_blocks=n_blocks, backend=self.backend)
 
     def of_group(self, x: Tensor, width: int = 0) -> Tensor:
         """(B, L, heads, ...) of this rank -> of all ranks that have heads of one group, without gradient; the last
