@@ -6,16 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from split_models import (
     CPU,
     LENGTH,
-    MIXERS,
     ONE_GROUP,
-    TWO_KEY_HEADS,
     batches,
     check_evaluated,
     check_same,
@@ -30,7 +27,6 @@ from split_models import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
@@ -43,7 +39,7 @@ from lt2titan.model.config import LoopConfig
 from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import MixersConfig, NSAConfig
+from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.model.recompute import KEEP_ALL
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
@@ -77,19 +73,14 @@ def recompute_and_fewer_loops() -> None:
     dims = mesh(2)
     for mode in ("block", "selective", "loop", "nested"):
         check_same(config("rwkv7", "full"), dims, activation_checkpoint=mode, packed=True)
-        check_same(config("nsa"), dims, activation_checkpoint=mode)
     check_same(config("gdn", "window"), dims, options={"n_loops": 2, "n_backward_loops": 1})
 
 
 def diagnosed_and_observed_alike() -> None:
+    loop_diagnostics.QUERIES_PER_ROW = 3  # every fourth token, which in the second half is not its first
     dims = mesh(2)
-    # Of three queries every one is the fourth token, which in the second half is not its first.
-    softmax = [(config("gdn", "full"), packed, 3, 3 * 5) for packed in (False, True)]
-    # All loops but the first have an overlap with the one before. Short documents have few blocks to choose from.
-    single_tokens = config("nsa", mixers=replace(MIXERS, nsa=replace(MIXERS.nsa, block_size=1)))
-    sparse = [(config("nsa"), False, 3, 3 * 6 - 1), (single_tokens, True, LENGTH, 3 * 6 - 1)]
-    for shape, packed, n_queries, n_figures in softmax + sparse:
-        text, loop_diagnostics.QUERIES_PER_ROW = batches(0, packed), n_queries
+    for packed in (False, True):
+        shape, text = config("gdn", "full"), batches(0, packed)
         one, split = whole_model(shape), split_model(shape, dims, True)
         figures, statistics = [], [LoopStatistics(3, CPU) for _ in range(2)]
         for model, part, observer in zip((split, one), (own_part(text, dims), text), statistics, strict=True):
@@ -97,7 +88,7 @@ def diagnosed_and_observed_alike() -> None:
             with model.core.observed_by(observer):
                 loss_of(model, part)
             figures[-1] |= observer.figures()
-        assert len(figures[1]) == n_figures
+        assert len(figures[1]) == 3 * 5
         assert figures[0] == pytest.approx(figures[1], rel=1e-10)
 
 
@@ -136,33 +127,6 @@ def collectives_per_visit() -> None:
         predicted = of_activations(core, Layout(n_context=2), KEEP_ALL, **once)
         assert [sent.n_times for sent in predicted.values()] == [n_gathers * n_visits] * 2
         assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name
-
-
-def bytes_beside_tensor_parallelism() -> None:
-    """Keys are gathered in parts by heads, but for a single one, which every rank has whole."""
-    dims = mesh(2, tensor_parallel_degree=2)
-    for shape in (config("full"), config("nsa"), config("nsa", mixers=TWO_KEY_HEADS), config("gdn", "nsa")):
-        split, part = split_model(shape, dims, True), own_part(batches(0, packed=False), dims)[:1]
-        with Gathered(split.stretches.group) as gathered:
-            loss_of(split, part)
-        core = core_memory(whole_model(shape), batch_size=2, length=6, dtype=torch.float64, n_context=2)
-        once = {"n_microbatches": 1, "n_loops": 3, "n_backward_loops": 0}
-        predicted = of_activations(core, Layout(n_context=2, n_tensor=2, sequence_parallel=True), KEEP_ALL, **once)
-        assert gathered.n_bytes > 0
-        assert predicted["all-gather of earlier stretches"].n_bytes == gathered.n_bytes, (shape.mixer, predicted)
-
-
-class Gathered(TorchDispatchMode):
-    """Bytes that this rank brings to all-gathers of a process group."""
-
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        self.group, self.n_bytes = group, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops._c10d_functional.all_gather_into_tensor.default and args[2] == self.group:
-            self.n_bytes += args[0].nbytes
-        return func(*args, **(kwargs or {}))
 
 
 def memory_as_predicted() -> None:
@@ -216,7 +180,7 @@ def logits_of_a_stretch() -> None:
 def four_stretches() -> None:
     """A convolution of four taps reaches over a whole stretch of three tokens, and a document over all of them."""
     dims = mesh(4)
-    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window", "nsa"):
+    for name in ("gdn", "kda", "mamba2", "rwkv7", "full", "window"):
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
 
@@ -228,15 +192,12 @@ def with_fsdp_and_tensor_parallelism() -> None:
     assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
     check_same(config("gdn", "full"), dims, packed=True)
     check_same(config("rwkv7", "mamba2", mixers=ONE_GROUP), dims, sequence_parallel=False, packed=True)
-    check_same(config("nsa"), dims, packed=True)
-    check_same(config("gdn", "nsa", mixers=TWO_KEY_HEADS), dims, sequence_parallel=False)
-    check_same(config("gdn", "nsa"), mesh(2), packed=True, n_steps=2, loop_reshard="per_visit")
     check_same(config("gdn"), mesh(2, data_parallel_replicate_degree=2), n_steps=2)
 
 
 def compiled() -> None:
     dims = mesh(2)
-    for name in ("gdn", "rwkv7", "retnet", "nsa"):
+    for name in ("gdn", "rwkv7", "retnet"):
         check_same(config(name, "full"), dims, compile_backend="aot_eager", packed=True)
 
 
@@ -255,7 +216,7 @@ def test_two_ranks_against_one() -> None:
 
 
 def test_four_ranks_against_one() -> None:
-    run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism, bytes_beside_tensor_parallelism]))
+    run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism]))
 
 
 @pytest.mark.wide
@@ -323,11 +284,9 @@ def test_this_torch_has_the_ring_that_is_used() -> None:
 
 def test_softmax_attention_in_fp32_on_a_gpu_is_refused() -> None:
     with fake_process_group(2):
-        dims = mesh(2)
+        dims, model = mesh(2), build_on_meta(config("gdn", "full"), "fla")
         assert dims.context_mesh is not None
-        for shape in (config("gdn", "full"), config("nsa", mixers=MixersConfig(nsa=NSAConfig(n_heads=4)))):
-            model = build_on_meta(shape, "fla")
-            apply_context_parallel(model, dims.context_mesh)
-            with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
-                apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
+        apply_context_parallel(model, dims.context_mesh)
+        with pytest.raises(ConfigError, match=r"mixed_precision_param = 'float32'.*bfloat16"):
+            apply_context_parallel(model, dims.context_mesh, param_dtype=torch.float32)
         apply_context_parallel(build_on_meta(config("gdn"), "fla"), dims.context_mesh, param_dtype=torch.float32)
