@@ -32,8 +32,9 @@ ROWS = (120, 14, 3, 60, 134, 30, 33)
 def build_nsa(case: Case, packing: Packing, backend: str) -> Built:
     """Both branches on the blocks that the definition would choose, side by side; and, of the blocks that the operator
     chooses, the probability that they catch. So two blocks that are equal but for rounding may change places, and a
-    block that is chosen twice, too late or for nothing shows."""
+    block that is chosen twice, too late or for nothing shows. Option n_before: tokens of which only keys are there."""
     options = {name: case.options[name] for name in ("block_size", "n_blocks")}
+    n_before = case.options.get("n_before", 0)
     block_size, n_blocks = options.values()
     inputs = {name: x.to(case.dtype) for name, x in attention_inputs(packing.batch, packing.length, case.sizes).items()}
     documents = case.documents or (packing.length,)
@@ -44,7 +45,6 @@ def build_nsa(case: Case, packing: Packing, backend: str) -> Built:
     def run(x: dict[str, Tensor]) -> Sequence[Tensor]:
         q, k, v = x.values()
         device = q.device
-        layout = block_layout(packing.batch, packing.length, block_size, packing.cu_seqlens, device)
         if case.decode:  # one query at a time over a cache that holds the later tokens too
             k_cmp, v_cmp = (x.unflatten(1, (-1, block_size)).mean(dim=2) for x in (k, v))
             at = positions.to(device).expand(packing.batch, -1).split(1, dim=1)
@@ -53,17 +53,29 @@ def build_nsa(case: Case, packing: Packing, backend: str) -> Built:
                 for q_t, t in zip(q.split(1, 1), at, strict=True)
             ]
             return (torch.cat([torch.cat(branches[:2], dim=2) for branches in steps], dim=1),)
+        cu_seqlens = None if packing.cu_seqlens is None else (packing.cu_seqlens - n_before).clamp(min=0)
+        layout = block_layout(
+            packing.batch,
+            packing.length - n_before,
+            block_size,
+            cu_seqlens,
+            device,
+            length_k=packing.length,
+            cu_seqlens_k=packing.cu_seqlens,
+        )
+        q, here = q[:, n_before:], slice(n_before, None)
         k_cmp, v_cmp = compress(k, layout, block_size), compress(v, layout, block_size)
         options_of_all = {"block_size": block_size, "backend": backend}
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, **options_of_all)
         blocks = select_blocks(q.detach(), k_cmp.detach(), lse, layout, n_blocks=n_blocks, **options_of_all)
-        selected = selected_attention(q, k, v, best.to(device), layout, **options_of_all)
-        mass = chosen_mass(blocks, probabilities.to(device), positions.to(device), block_size)
+        selected = selected_attention(q, k, v, best[:, here].to(device), layout, **options_of_all)
+        mass = chosen_mass(blocks, probabilities[:, :, here].to(device), positions[here].to(device), block_size)
         return torch.cat([compressed, selected], dim=2), mass
 
     def define(x: dict[str, Tensor]) -> Sequence[Tensor]:
         y = nsa_definition(**x, blocks=best.to(x["q"].device), block_size=block_size, documents=documents)
-        return (y,) if case.decode else (y, chosen_mass(best, probabilities, positions, block_size).to(y.device))
+        mass = chosen_mass(best, probabilities, positions, block_size).to(y.device)
+        return (y,) if case.decode else (y[:, n_before:], mass[:, n_before:])
 
     return Built(inputs, run, define, ("output", "chosen_mass"))
 
@@ -138,6 +150,8 @@ def nsa_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("nsa", dtype, "one token, single head", ONE_HEAD, batch=2, length=1, options=few)
     yield Case("nsa", dtype, "packed", sizes, documents=DOCUMENTS, options={"block_size": 32, "n_blocks": 3})
     yield Case("nsa", dtype, "packed, odd heads", grouped, documents=DOCUMENTS, options=few)
+    yield Case("nsa", dtype, "earlier keys", sizes, batch=2, length=1201, options=options | {"n_before": 601})
+    yield Case("nsa", dtype, "packed, earlier keys", grouped, documents=DOCUMENTS, options=few | {"n_before": 100})
     yield Case("nsa", dtype, "token by token", grouped, batch=2, length=48, decode=True, options=few)
 
 

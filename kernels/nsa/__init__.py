@@ -3,7 +3,8 @@
 Keys are divided into blocks that start anew with every document. A query attends to the means of the blocks that are
 wholly past (`compressed_attention`), and to all tokens of the few blocks that matter most to it (`selected_attention`);
 `select_blocks` ranks them by the probabilities of the former, summed over the heads that share a key head. The third
-branch, a window, is `kernels.attention`. How the branches are weighted is the mixer's business.
+branch, a window, is `kernels.attention`. How the branches are weighted is the mixer's business. There may be keys of
+earlier tokens that have no query here: `BlockLayout` says which query is the token of which key.
 
 Selection has no gradient. Which blocks: the first, the query's own and the one before it always, then by rank; of
 blocks with equal probability the older is taken. The reference and the GPU kernels keep the same rule.
@@ -37,9 +38,9 @@ MAX_GROUP = 64
 
 
 def compress(x: Tensor, layout: BlockLayout, block_size: int) -> Tensor:
-    """Means over the blocks: x (B, L, Hkv, D) -> (C, Hkv, D). Of blocks that are not whole, which no query sees in
+    """Means over the blocks: x (B, Lk, Hkv, D) -> (C, Hkv, D). Of blocks that are not whole, which no query sees in
     compressed form, it is something finite."""
-    return _Compress.apply(x.flatten(0, 1), *layout[1:4], block_size)  # type: ignore[no-any-return]
+    return _Compress.apply(x.flatten(0, 1), layout.key_block, layout.block_start, block_size)  # type: ignore[no-any-return]
 
 
 def compressed_attention(
@@ -50,8 +51,8 @@ def compressed_attention(
     Args:
         q: (B, L, H, D).
         k_cmp: (C, Hkv, D) with H a multiple of Hkv, from `compress`; so is v_cmp.
-        layout: of the tokens' documents.
-        block_size: tokens in a block.
+        layout: of the queries and keys.
+        block_size: keys in a block.
         backend: "reference" (any device, any sizes) or "fla" (Triton kernels).
 
     Returns:
@@ -73,8 +74,8 @@ def select_blocks(
         q: (B, L, H, D), of all heads that share the key heads.
         k_cmp: (C, Hkv, D).
         lse: (B, L, H), from `compressed_attention`.
-        layout: of the tokens' documents.
-        block_size: tokens in a block.
+        layout: of the queries and keys.
+        block_size: keys in a block.
         n_blocks: blocks to choose, at least 3.
         backend: as there.
 
@@ -96,10 +97,10 @@ def selected_attention(
 
     Args:
         q: (B, L, H, D).
-        k: (B, L, Hkv, D) with H a multiple of Hkv; so is v.
+        k: (B, Lk, Hkv, D) with H a multiple of Hkv; so is v. The last keys of each row are those of its queries.
         blocks: (B, L, Hkv, n_blocks) int32, from `select_blocks`; the query's own block must be among them.
-        layout: of the tokens' documents.
-        block_size: tokens in a block.
+        layout: of the queries and keys.
+        block_size: keys in a block.
         backend: as in `compressed_attention`.
 
     Returns:
@@ -130,22 +131,20 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, token_start: Tensor, token_block: Tensor, block_start: Tensor, block_size: int
+        ctx: Any, x: Tensor, key_block: Tensor, block_start: Tensor, block_size: int
     ) -> Tensor:
-        ctx.save_for_backward(token_start, token_block)
+        ctx.save_for_backward(key_block)
         ctx.block_size = block_size
         tokens = block_start[:, None] + torch.arange(block_size, device=x.device)
         return x[tokens.clamp(max=x.shape[0] - 1)].mean(dim=1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        token_start, token_block = ctx.saved_tensors
-        token = torch.arange(token_start.shape[0], device=gradient.device)
-        block = token_block + (token - token_start) // ctx.block_size
-        return gradient[block] / ctx.block_size, None, None, None, None
+        (key_block,) = ctx.saved_tensors
+        return gradient[key_block] / ctx.block_size, None, None, None
 
 
-_LAYOUT = "Tensor cu_seqlens, Tensor token_start, Tensor token_block, Tensor block_start, Tensor block_stop"
+_LAYOUT = ", ".join(f"Tensor {name}" for name in BlockLayout._fields)
 
 
 @torch.library.custom_op(
@@ -268,12 +267,12 @@ def _setup_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _compressed_autograd(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = _compressed_backward(do.contiguous(), *ctx.saved_tensors, ctx.block_size, ctx.scale, ctx.backend)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * (len(BlockLayout._fields) + 3))
 
 
 def _selected_autograd(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = _selected_backward(do.contiguous(), *ctx.saved_tensors, ctx.block_size, ctx.scale, ctx.backend)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * (len(BlockLayout._fields) + 4))
 
 
 _compressed.register_autograd(_compressed_autograd, setup_context=_setup_compressed)

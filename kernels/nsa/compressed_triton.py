@@ -40,26 +40,26 @@ PROGRAMS = 512
 
 
 @triton.jit
-def _rows(tile, T, token_start, token_block, BS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
+def _rows(tile, T, query_position, query_block, BS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
     """Of each row (BQ * GP,): its token, head in the group, whether it is one, first block, and past blocks."""
     row = tl.arange(0, BQ * GP)
     token = tile * BQ + row // GP
     head = row % GP
     is_row = (token < T) & (head < G)
-    start = tl.load(token_start + token, mask=token < T, other=0)
-    first = tl.load(token_block + token, mask=token < T, other=0)
-    n_past = tl.where(token < T, (token - start + 1) // BS, 0)
+    position = tl.load(query_position + token, mask=token < T, other=-1)
+    first = tl.load(query_block + token, mask=token < T, other=0)
+    n_past = (position + 1) // BS
     return token, head, is_row, first, n_past
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, o, lse, token_start, token_block, T, C, scale,
+    q, k, v, o, lse, query_position, query_block, T, C, scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv = tl.program_id(1)
-    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, token_start, token_block, BS, G, GP, BQ)
+    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, query_position, query_block, BS, G, GP, BQ)
     low = tl.min(tl.where(n_past > 0, first, C))
     high = tl.max(first + n_past)
     d = tl.arange(0, BD)
@@ -94,7 +94,7 @@ def _forward_kernel(
 
 @triton.jit
 def _select_kernel(
-    q, k, lse, blocks, token_start, token_block, T, scale,
+    q, k, lse, blocks, query_position, query_block, T, scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     S: tl.constexpr, SP: tl.constexpr,
@@ -102,7 +102,7 @@ def _select_kernel(
     """Keeps the best SP blocks of each query as integers: probability above, what is left to the last block below, so
     that the greater integer is the more probable block, and of equals the older."""
     kv = tl.program_id(1)
-    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, token_start, token_block, BS, G, GP, BQ)
+    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, query_position, query_block, BS, G, GP, BQ)
     d = tl.arange(0, BD)
     place = token.to(tl.int64) * H + kv * G + head
     b_q = tl.load(q + place[:, None] * D + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
@@ -110,9 +110,8 @@ def _select_kernel(
 
     query = tl.program_id(0) * BQ + tl.arange(0, BQ)
     is_query = query < T
-    origin = tl.load(token_block + query, mask=is_query, other=0)
-    start = tl.load(token_start + query, mask=is_query, other=0)
-    own = origin + (query - start) // BS
+    origin = tl.load(query_block + query, mask=is_query, other=0)
+    own = origin + tl.load(query_position + query, mask=is_query, other=0) // BS
     low = tl.min(tl.where(is_query, origin, 2147483647))
     high = tl.max(tl.where(is_query, own, 0)) + 1
     best = tl.full([BQ, SP], -1, tl.int64)
@@ -140,13 +139,13 @@ def _select_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    q, k, v, o, lse, do, dq, delta, token_start, token_block, T, C, scale, plain_scale,
+    q, k, v, o, lse, do, dq, delta, query_position, query_block, T, C, scale, plain_scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Also leaves delta = sum(o * do), which `_backward_kv_kernel` reads."""
     kv = tl.program_id(1)
-    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, token_start, token_block, BS, G, GP, BQ)
+    token, head, is_row, first, n_past = _rows(tl.program_id(0), T, query_position, query_block, BS, G, GP, BQ)
     low = tl.min(tl.where(n_past > 0, first, C))
     high = tl.max(first + n_past)
     d = tl.arange(0, BD)
@@ -178,7 +177,7 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    q, k, v, lse, do, delta, dk, dv, block_start, block_stop, T, C, scale, plain_scale,
+    q, k, v, lse, do, delta, dk, dv, seen_from, seen_until, T, C, scale, plain_scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     N_SPLITS: tl.constexpr,
@@ -187,10 +186,10 @@ def _backward_kv_kernel(
     kv, part = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     is_c = c < C
-    seen_from = tl.load(block_start + c, mask=is_c, other=T) + BS - 1
-    seen_until = tl.load(block_stop + c, mask=is_c, other=0)
-    low = tl.min(tl.where(seen_from < seen_until, seen_from, T))
-    high = tl.max(tl.where(seen_from < seen_until, seen_until, 0))
+    b_from = tl.load(seen_from + c, mask=is_c, other=T)
+    b_until = tl.load(seen_until + c, mask=is_c, other=0)
+    low = tl.min(tl.where(b_from < b_until, b_from, T))
+    high = tl.max(tl.where(b_from < b_until, b_until, 0))
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BQ), N_SPLITS) * BQ
     d = tl.arange(0, BD)
     is_k = is_c[:, None] & (d < D)[None, :]
@@ -210,7 +209,7 @@ def _backward_kv_kernel(
         b_do = tl.load(do + at, mask=is_at, other=0.0)
         b_lse = tl.load(lse + place, mask=is_row, other=0.0) * 1.4426950408889634
         b_delta = tl.load(delta + place, mask=is_row, other=0.0)
-        seen = (token[None, :] >= seen_from[:, None]) & (token[None, :] < seen_until[:, None]) & is_row[None, :]
+        seen = (token[None, :] >= b_from[:, None]) & (token[None, :] < b_until[:, None]) & is_row[None, :]
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
         p = tl.where(seen, tl.exp2(s - b_lse[None, :]), 0.0)
         b_dv += tl.dot(p.to(b_do.dtype), b_do, input_precision=PRECISION)
@@ -255,7 +254,8 @@ def forward(
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     grid = (triton.cdiv(q.shape[0], size["BQ"]), size["HKV"])
     _forward_kernel[grid](
-        q, k_cmp, v_cmp, o, lse, layout.token_start, layout.token_block, q.shape[0], k_cmp.shape[0], scale * LOG2_E,
+        q, k_cmp, v_cmp, o, lse, layout.query_position, layout.query_block, q.shape[0], k_cmp.shape[0],
+        scale * LOG2_E,
         **size,
     )  # fmt: skip
     return o, lse
@@ -271,7 +271,7 @@ def select(
     n_kept = triton.next_power_of_2(n_blocks)
     grid = (triton.cdiv(q.shape[0], size["BQ"]), size["HKV"])
     _select_kernel[grid](
-        q, k_cmp, lse, blocks, layout.token_start, layout.token_block, q.shape[0], scale * LOG2_E,
+        q, k_cmp, lse, blocks, layout.query_position, layout.query_block, q.shape[0], scale * LOG2_E,
         **{**size, "BC": max(size["BC"], n_kept)}, S=n_blocks, SP=n_kept,
     )  # fmt: skip
     return blocks
@@ -283,12 +283,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As reference.compressed_backward; o and lse as `forward` returned them."""
     do, q, k_cmp, v_cmp = do.contiguous(), q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous()
-    n_tokens, n_blocks = q.shape[0], k_cmp.shape[0]
+    n_queries, n_blocks = q.shape[0], k_cmp.shape[0]
     size = sizes(q, k_cmp, block_size, BACKWARD_Q)
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     scales = scale * LOG2_E, scale
-    _backward_q_kernel[(triton.cdiv(n_tokens, size["BQ"]), size["HKV"])](
-        q, k_cmp, v_cmp, o, lse, do, dq, delta, layout.token_start, layout.token_block, n_tokens, n_blocks, *scales,
+    _backward_q_kernel[(triton.cdiv(n_queries, size["BQ"]), size["HKV"])](
+        q, k_cmp, v_cmp, o, lse, do, dq, delta, layout.query_position, layout.query_block, n_queries, n_blocks, *scales,
         **size,
     )  # fmt: skip
     size = sizes(q, k_cmp, block_size, BACKWARD_KV)
@@ -296,7 +296,7 @@ def backward(
     n_splits = max(min(PROGRAMS // (n_tiles * size["HKV"]), MAX_SPLITS), 1)
     dk, dv = (q.new_empty((n_splits, *k_cmp.shape), dtype=torch.float32) for _ in range(2))
     _backward_kv_kernel[(n_tiles, size["HKV"], n_splits)](
-        q, k_cmp, v_cmp, lse, do, delta, dk, dv, layout.block_start, layout.block_stop, n_tokens, n_blocks, *scales,
+        q, k_cmp, v_cmp, lse, do, delta, dk, dv, layout.seen_from, layout.seen_until, n_queries, n_blocks, *scales,
         **size, N_SPLITS=n_splits,
     )  # fmt: skip
     return dq, dk.sum(0).to(k_cmp.dtype), dv.sum(0).to(v_cmp.dtype)

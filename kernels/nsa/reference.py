@@ -3,7 +3,7 @@
 Documents one after another, queries in blocks: no matrix of all scores exists, in the backward pass neither, which goes
 over the blocks again. Scores and probabilities are fp32 at least.
 
-Shapes: T tokens of all documents, H query heads of width D, Hkv key heads, G = H / Hkv, C blocks of all documents.
+Shapes: T queries of all documents, H query heads of width D, Hkv key heads, G = H / Hkv, C blocks of all documents.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ QUERY_BLOCK = 128
 
 
 class QueryBlock(NamedTuple):
-    """Some queries of one document: their places over all tokens, the document's tokens and blocks, and the queries'
-    positions (n,) in the document."""
+    """Some queries of one document: their places over all queries, the document's keys up to the last of them and its
+    blocks, and the queries' positions (n,) in the document."""
 
     queries: slice
     keys: slice
@@ -34,16 +34,15 @@ class QueryBlock(NamedTuple):
 
 def query_blocks(layout: BlockLayout, block_size: int) -> Iterator[QueryBlock]:
     first_block = 0
-    for start, end in pairwise(layout.cu_seqlens.tolist()):
-        n_blocks = -(-(end - start) // block_size)
+    bounds, bounds_k = layout.cu_seqlens.tolist(), layout.cu_seqlens_k.tolist()
+    for (start, end), (start_k, end_k) in zip(pairwise(bounds), pairwise(bounds_k), strict=True):
+        blocks = slice(first_block, first_block - (start_k - end_k) // block_size)
         for first in range(start, end, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, end)
-            positions = torch.arange(first - start, last - start, device=layout.cu_seqlens.device)
-            # Nothing after the last query is of interest.
-            yield QueryBlock(
-                slice(first, last), slice(start, last), slice(first_block, first_block + n_blocks), positions
-            )
-        first_block += n_blocks
+            last_k = end_k - (end - last)  # nothing after the last query is of interest
+            positions = torch.arange(last_k - (last - first), last_k, device=layout.cu_seqlens.device) - start_k
+            yield QueryBlock(slice(first, last), slice(start_k, last_k), blocks, positions)
+        first_block = blocks.stop
 
 
 def compressed_scores(q: Tensor, k_cmp: Tensor, positions: Tensor, block_size: int, scale: float) -> Tensor:

@@ -27,7 +27,7 @@ MANY_PAIRS = 1 << 19
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, o, lse, blocks, token_start, scale,
+    q, k, v, o, lse, blocks, query_position, query_start, scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
@@ -37,15 +37,15 @@ def _forward_kernel(
     at = place[:, None] * D + d[None, :]
     is_at = (head < G)[:, None] & (d < D)[None, :]
     b_q = tl.load(q + at, mask=is_at, other=0.0)
-    start = tl.load(token_start + token)
+    position, start = tl.load(query_position + token), tl.load(query_start + token)
     highest = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     b_o = tl.zeros([GP, BD], tl.float32)
     for i in tl.range(0, S * (BS // BC)):
         block = tl.load(blocks + (token.to(tl.int64) * HKV + kv) * S + i // (BS // BC))
-        key = start + block * BS + i % (BS // BC) * BC + tl.arange(0, BC)
-        seen = (block >= 0) & (key <= token)
-        at_k = (key.to(tl.int64)[:, None] * HKV + kv) * D + d[None, :]
+        key = block * BS + i % (BS // BC) * BC + tl.arange(0, BC)
+        seen = (block >= 0) & (key <= position)
+        at_k = ((start + key).to(tl.int64)[:, None] * HKV + kv) * D + d[None, :]
         is_k = seen[:, None] & (d < D)[None, :]
         b_k = tl.load(k + at_k, mask=is_k, other=0.0)
         b_v = tl.load(v + at_k, mask=is_k, other=0.0)
@@ -65,7 +65,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_q_kernel(
-    q, k, v, o, lse, do, dq, delta, blocks, token_start, scale, plain_scale,
+    q, k, v, o, lse, do, dq, delta, blocks, query_position, query_start, scale, plain_scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
@@ -81,13 +81,13 @@ def _backward_q_kernel(
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(delta + place, b_delta, mask=head < G)
     b_lse = tl.load(lse + place, mask=head < G, other=0.0) * 1.4426950408889634
-    start = tl.load(token_start + token)
+    position, start = tl.load(query_position + token), tl.load(query_start + token)
     b_dq = tl.zeros([GP, BD], tl.float32)
     for i in tl.range(0, S * (BS // BC)):
         block = tl.load(blocks + (token.to(tl.int64) * HKV + kv) * S + i // (BS // BC))
-        key = start + block * BS + i % (BS // BC) * BC + tl.arange(0, BC)
-        seen = (block >= 0) & (key <= token)
-        at_k = (key.to(tl.int64)[:, None] * HKV + kv) * D + d[None, :]
+        key = block * BS + i % (BS // BC) * BC + tl.arange(0, BC)
+        seen = (block >= 0) & (key <= position)
+        at_k = ((start + key).to(tl.int64)[:, None] * HKV + kv) * D + d[None, :]
         is_k = seen[:, None] & (d < D)[None, :]
         b_k = tl.load(k + at_k, mask=is_k, other=0.0)
         b_v = tl.load(v + at_k, mask=is_k, other=0.0)
@@ -102,7 +102,7 @@ def _backward_q_kernel(
 @triton.jit
 def _backward_kv_kernel(
     q, k, v, lse, do, delta, dk, dv, pair_token, pair_start, segment_block, segment_start, block_start, block_stop,
-    C, n_pairs, n_segments, scale, plain_scale,
+    block_query, C, n_pairs, n_segments, scale, plain_scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
     G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -114,6 +114,7 @@ def _backward_kv_kernel(
         first = tl.load(pair_start + of_block) + (segment - tl.load(segment_start + of_block)) * SEGMENT
         last = tl.minimum(first + SEGMENT, tl.load(pair_start + of_block + 1))
         key = tl.load(block_start + block) + of_keys
+        key_query = tl.load(block_query + block) + of_keys  # which query the key's token is, or would be
         d = tl.arange(0, BD)
         at_k = (key.to(tl.int64)[:, None] * HKV + kv) * D + d[None, :]
         is_k = (key < tl.load(block_stop + block))[:, None] & (d < D)[None, :]
@@ -134,7 +135,7 @@ def _backward_kv_kernel(
             b_do = tl.load(do + at, mask=is_at, other=0.0)
             b_lse = tl.load(lse + place, mask=is_row, other=0.0) * 1.4426950408889634
             b_delta = tl.load(delta + place, mask=is_row, other=0.0)
-            seen = (key[:, None] <= token[None, :]) & is_row[None, :]
+            seen = (key_query[:, None] <= token[None, :]) & is_row[None, :]
             s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
             p = tl.where(seen, tl.exp2(s - b_lse[None, :]), 0.0)
             b_dv += tl.dot(p.to(b_do.dtype), b_do, input_precision=PRECISION)
@@ -181,15 +182,15 @@ class Pairs(NamedTuple):
 def sorted_pairs(blocks: Tensor, layout: BlockLayout, segment: int) -> Pairs:
     """The queries of every block, from the blocks (T, Hkv, n_blocks) of every query. No synchronisation: there are as
     many segments as there could be."""
-    n_tokens, n_kv_heads, n_blocks = blocks.shape
+    n_queries, n_kv_heads, n_blocks = blocks.shape
     n_all = layout.block_start.shape[0]
-    of_pair = torch.where(blocks < 0, n_all, blocks + layout.token_block[:, None, None])
+    of_pair = torch.where(blocks < 0, n_all, blocks + layout.query_block[:, None, None])
     of_pair, order = of_pair.transpose(0, 1).reshape(n_kv_heads, -1).sort(dim=-1, stable=True)
     all_blocks = torch.arange(n_all + 1, dtype=torch.int32, device=blocks.device).expand(n_kv_heads, -1).contiguous()
     start = torch.searchsorted(of_pair, all_blocks, out_int32=True)
     n_of_block = (start.diff(dim=-1) + segment - 1) // segment
     until = n_of_block.cumsum(dim=-1, dtype=torch.int32)
-    n_segments = n_tokens * n_blocks // segment + n_all
+    n_segments = n_queries * n_blocks // segment + n_all
     segments = torch.arange(n_segments, dtype=torch.int32, device=blocks.device).expand(n_kv_heads, -1).contiguous()
     segment_block = torch.searchsorted(until, segments, right=True, out_int32=True)
     segment_start = torch.cat([until.new_zeros(n_kv_heads, 1), until], dim=-1)
@@ -204,7 +205,7 @@ def forward(
     size = _per_token(q, k, block_size, FORWARD)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     _forward_kernel[(q.shape[0], size["HKV"])](
-        q, k, v, o, lse, blocks, layout.token_start, scale * LOG2_E,
+        q, k, v, o, lse, blocks, layout.query_position, layout.query_start, scale * LOG2_E,
         **size, S=blocks.shape[-1],
     )  # fmt: skip
     return o, lse
@@ -219,7 +220,7 @@ def backward(
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     size, scales = _per_token(q, k, block_size, BACKWARD_Q), (scale * LOG2_E, scale)
     _backward_q_kernel[(q.shape[0], size["HKV"])](
-        q, k, v, o, lse, do, dq, delta, blocks, layout.token_start, *scales,
+        q, k, v, o, lse, do, dq, delta, blocks, layout.query_position, layout.query_start, *scales,
         **size, S=blocks.shape[-1],
     )  # fmt: skip
     n_pairs = q.shape[0] * blocks.shape[-1]
@@ -232,7 +233,7 @@ def backward(
     dk_parts, dv_parts = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     _backward_kv_kernel[(n_segments, size["HKV"], block_size // size["BC"])](
         q, k, v, lse, do, delta, dk_parts, dv_parts, *pairs, layout.block_start, layout.block_stop,
-        n_all, n_pairs, n_segments, *scales, **size, SEGMENT=segment,
+        layout.block_query, n_all, n_pairs, n_segments, *scales, **size, SEGMENT=segment,
     )  # fmt: skip
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for parts, out in ((dk_parts, dk), (dv_parts, dv)):

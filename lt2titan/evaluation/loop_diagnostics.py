@@ -11,12 +11,14 @@ from torch import Tensor
 from lt2titan.data.device import model_inputs
 from lt2titan.data.loader import Batch
 from lt2titan.model.block import Block
+from lt2titan.model.block_selection import block_selection_figures
 from lt2titan.model.context import Context
 from lt2titan.model.head import IGNORE_INDEX, loss_sum
 from lt2titan.model.looped_core import LoopObserver
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
+from lt2titan.model.mixers.nsa import NSA
 from lt2titan.model.selection import selection_figures
 
 SLICE_ROWS = 8
@@ -35,8 +37,9 @@ def validation_diagnostics(
     exit_loss/loop_t: nats per token when the final norm and head read h(t) (the logit lens); at t = T the loss itself.
     first_token_mass/loop_t: mean attention probability on the first token of the document, over softmax layers, heads
     and the queries that may see it (see model/attention_mass.py); left out where there is none.
-    selection_recall/loop_t, selection_overlap/loop_t: of layers that choose what attention sees (model/selection.py),
-    whether or not it sees_all; left out where there is none, and for rows no longer than what they may choose.
+    selection_recall/loop_t, selection_overlap/loop_t: of layers that choose what attention sees (model/selection.py,
+    model/block_selection.py), whether or not it sees_all; left out where there is none, and for rows no longer than
+    what they may choose.
     """
     sums = torch.zeros(model.config.n_loops, 8, dtype=torch.float64, device=device)
     for batch in batches:
@@ -75,11 +78,11 @@ class _LoopLens(LoopObserver):
         self.packed_queries = (starts[:, None] + self.queries).flatten()
         self.sums = torch.zeros(model.config.n_loops, 8, dtype=torch.float64, device=targets.device)
         self.mass, self.selection = self.sums.new_zeros(2), self.sums.new_zeros(4)
-        self.chosen: dict[DSA, Tensor] = {}
+        self.chosen: dict[DSA | NSA, Tensor] = {}
 
     def after_block(self, block: Block, x: Tensor, context: Context) -> None:
         mixer = block.mixer
-        if not isinstance(mixer, (Full, DSA)):
+        if not isinstance(mixer, (Full, DSA, NSA)):
             return
         x, queries, counted = block.mixer_norm(x), self.queries, self.counted
         if isinstance(mixer, DSA):
@@ -88,7 +91,12 @@ class _LoopLens(LoopObserver):
             return
         if context.cu_seqlens is not None:  # packed rows come as one
             queries, counted = self.packed_queries, counted.view(1, -1)
-        self.mass += mixer.first_token_mass(x, context, queries, counted)
+        if isinstance(mixer, Full):
+            self.mass += mixer.first_token_mass(x, context, queries, counted)
+            return
+        before = self.chosen.get(mixer)
+        sums, self.chosen[mixer] = block_selection_figures(mixer, x, context, queries, counted, before)
+        self.selection += sums
 
     def after_loop(self, loop: int, before: Tensor, after: Tensor, rho: Tensor | None) -> None:
         h = self.model.norm(after)

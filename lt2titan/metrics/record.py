@@ -24,8 +24,9 @@ and with metrics.loop_diagnostics, for t = 1..T (while training, T is that of th
     validation, over the first rows of the text (the last loop's exit loss is theirs, not validation_loss):
         exit_loss/loop_t        nats per token when final norm and head read h(t) (logit lens)
         first_token_mass/loop_t mean attention probability on the document's first token, see model/attention_mass.py
-        selection_recall/loop_t share of the attention probability that top_k keys can have, that the chosen ones have
-        selection_overlap/loop_t share of the chosen keys that the loop before chose too; both: see model/selection.py
+        selection_recall/loop_t attention probability of the chosen keys (dsa) or blocks (nsa), over the most that as
+                                many can have, see model/selection.py and model/block_selection.py
+        selection_overlap/loop_t share of the chosen keys or blocks that the loop before chose too, see there
 """
 
 from __future__ import annotations

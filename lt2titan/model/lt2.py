@@ -118,8 +118,13 @@ class LT2(nn.Module):
         context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch, sees_all=sees_all)
         if state is None:
             sizes = {block.mixer.key_block_size for block in self.core.blocks} - {0}
-            batch, length = positions.shape
-            layouts = {size: block_layout(batch, length, size, cu_seqlens, tokens.device) for size in sorted(sizes)}
+            (batch, length), n = positions.shape, self.stretches.rank + 1
+            layouts = {
+                size: block_layout(
+                    batch, length, size, cu_seqlens, tokens.device, length_k=n * length, cu_seqlens_k=cu_seqlens_k
+                )
+                for size in sorted(sizes)
+            }
             context = replace(context, key_blocks=layouts)
         h, auxiliary = self.core(
             self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops

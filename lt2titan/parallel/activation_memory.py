@@ -66,6 +66,7 @@ class BlockMemory(NamedTuple):
     carry_selected: int  # of which mode selective keeps as well
     gathers: int = 0  # all-gathers of the forward pass (context parallelism)
     gathered: int = 0  # bytes that they return
+    gathers_whole: bool = False  # on every tensor-parallel rank all of them
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,11 @@ def core_memory(
         rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
         cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
         sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
-        layouts = {size: block_layout(*shape, size, cu_seqlens, positions.device) for size in sorted(sizes)}
+        length_k = n_context * shape[1]
+        layouts = {
+            size: block_layout(*shape, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens)
+            for size in sorted(sizes)
+        }
         stretch = None
         if n_context > 1:
             share = Share(n_context - 1, n_context, "shapes alone")  # fake collectives ask for no group
@@ -225,6 +230,7 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
         carry_selected=sum(n for key, n in of_carry.items() if key in of_policy),
         gathers=len(gathered.tensors),
         gathered=sum(t.nbytes for t in gathered.tensors),
+        gathers_whole=block.mixer.keys_are_whole,
     )
 
 

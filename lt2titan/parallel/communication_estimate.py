@@ -55,8 +55,8 @@ def of_activations(
     core: CoreMemory, layout: Layout, plan: RecomputePlan, *, n_microbatches: int, n_loops: int, n_backward_loops: int
 ) -> dict[str, Sent]:
     """What tensor and context parallelism send in the core. Left out: embedding, final norm, head and loss, which do
-    so once per microbatch and not per visit, and what tensor-parallel ranks tell each other inside of mixers: sums over
-    channels (HGRN2, Mamba-2), the heads of all that an indexer learns from (DSA).
+    so once per microbatch and not per visit, sums over channels inside of mixers (HGRN2, Mamba-2), and what tensor-
+    parallel ranks gather of each other's heads to choose alike (nsa of one key head, dsa).
 
     Tensor parallelism (see parallel/tensor_parallel.py) gathers or sums hidden states twice per visit and direction;
     context parallelism gathers what mixers fetch of earlier stretches, and scatters gradients of it back. What is
@@ -67,6 +67,7 @@ def of_activations(
         n_loops, n_backward_loops: that run; 0 backward loops for all.
     """
     first = n_loops - (n_backward_loops or n_loops)
+    m, n_tensor = n_microbatches, layout.n_tensor
     forward = scattered = backward = 0  # visits: forward passes that gather, those that scatter, backward passes
     fetched = given = Sent(0, 0)
     for loop in range(n_loops):
@@ -77,11 +78,13 @@ def of_activations(
         forward += (1 + again) * n_blocks
         scattered += (1 if is_kept else 1 + again) * n_blocks
         backward += n_blocks if loop >= first else 0
-        gathers = Sent(sum(b.gathers for b in core.blocks[loop]), sum(b.gathered for b in core.blocks[loop]))
+        # Heads are split, and what is gathered of earlier stretches with them; dsa's index keys count as if they were.
+        n_bytes = sum(b.gathered // (1 if b.gathers_whole else n_tensor) for b in core.blocks[loop])
+        gathers = Sent(sum(b.gathers for b in core.blocks[loop]), n_bytes)
         fetched = _plus(fetched, gathers, 1 + again)
         given = _plus(given, gathers, 1 if loop >= first else 0)
     result = {}
-    m, ring = n_microbatches, _ring(layout.n_tensor)
+    ring = _ring(n_tensor)
     if ring and layout.sequence_parallel:
         # The backward pass of a gather is a scatter, and the other way round.
         result["all-gather of tokens"] = _sent(2 * (forward + backward) * m, core.input * ring)
@@ -89,7 +92,7 @@ def of_activations(
     elif ring:
         result["all-reduce of tokens"] = _sent(2 * (scattered + backward) * m, 2 * core.input * ring)
     if layout.n_context > 1:
-        ring = _ring(layout.n_context) / layout.n_tensor  # heads are split; an indexer's keys count as if they were
+        ring = _ring(layout.n_context)
         result["all-gather of earlier stretches"] = Sent(fetched.n_times * m, int(fetched.n_bytes * m * ring))
         result["reduce-scatter of their gradients"] = Sent(given.n_times * m, int(given.n_bytes * m * ring))
     return result

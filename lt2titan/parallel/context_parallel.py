@@ -2,7 +2,7 @@
 
     attention      all-gathers keys and values (backward: reduce-scatter), and masks by where tokens stand in the row;
                    or passes them round in a ring (kernels/attention/ring.py).
-    dsa            all-gathers the indexer's keys with them, and chooses among those of the row so far.
+    nsa, dsa       all-gather keys and values too, and the indexer's keys, and choose among those of the row so far.
     recurrences    all-gather what each stretch does to a state, (K + V) K numbers per head and row (model/stretch.py).
     convolutions, token shift    all-gather the last few tokens of each stretch.
 
@@ -24,6 +24,7 @@ from lt2titan.kernels.attention.ring import ring_problem
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
+from lt2titan.model.mixers.nsa import NSA
 from lt2titan.model.shares import Share
 
 logger = logging.getLogger("lt2titan")
@@ -45,7 +46,7 @@ def apply_context_parallel(
     """
     # dsa too, which is that while its indexer warms up, and where rows are no longer than what it may choose.
     mixers = [block.mixer for block in model.core.blocks]
-    softmax_on_gpu = any(isinstance(mixer, (Full, DSA)) and mixer.backend != "reference" for mixer in mixers)
+    softmax_on_gpu = any(isinstance(mixer, (Full, DSA, NSA)) and mixer.backend != "reference" for mixer in mixers)
     if softmax_on_gpu and param_dtype not in (torch.bfloat16, torch.float16):
         reason = "attention to keys of other ranks runs in bfloat16 on a GPU; use it, or context_parallel_degree = 1"
         raise ConfigError("training.mixed_precision_param", str(param_dtype).removeprefix("torch."), reason)

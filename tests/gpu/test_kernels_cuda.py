@@ -118,17 +118,19 @@ def test_no_synchronisation(name: str, packed: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def nsa_step(length: int, cu_seqlens: torch.Tensor | None = None) -> Callable[[], None]:
-    """Forward and backward of both branches, 16 heads on one of 128 channels."""
+def nsa_step(length: int, cu_seqlens_k: torch.Tensor | None = None, n_before: int = 0) -> Callable[[], None]:
+    """Forward and backward of both branches, 16 heads on one of 128 channels; the first tokens have no query."""
     generator = torch.Generator(CUDA).manual_seed(0)
     q, k, v = (
-        torch.randn(1, length, n, 128, device=CUDA, dtype=BF16, generator=generator, requires_grad=True)
-        for n in (16, 1, 1)
+        torch.randn(1, n_tokens, n, 128, device=CUDA, dtype=BF16, generator=generator, requires_grad=True)
+        for n_tokens, n in ((length - n_before, 16), (length, 1), (length, 1))
     )
     options = {"block_size": 64, "backend": "fla"}
+    cu_seqlens = None if cu_seqlens_k is None else (cu_seqlens_k - n_before).clamp(min=0)
 
     def step() -> None:
-        layout = block_layout(1, length, 64, cu_seqlens, CUDA)
+        of_keys = {"length_k": length, "cu_seqlens_k": cu_seqlens_k}
+        layout = block_layout(1, length - n_before, 64, cu_seqlens, CUDA, **of_keys)
         k_cmp, v_cmp = compress(k, layout, 64), compress(v, layout, 64)
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, **options)
         with torch.no_grad():
@@ -140,9 +142,10 @@ def nsa_step(length: int, cu_seqlens: torch.Tensor | None = None) -> Callable[[]
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_nsa_does_not_synchronise(packed: bool) -> None:
+@pytest.mark.parametrize("n_before", [0, 1000])
+def test_nsa_does_not_synchronise(packed: bool, n_before: int) -> None:
     cu_seqlens = torch.tensor([0, 1, 1500, 3000, 3000], dtype=torch.int32, device=CUDA)
-    step = nsa_step(3000, cu_seqlens if packed else None)
+    step = nsa_step(3000, cu_seqlens if packed else None, n_before)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -30,7 +30,6 @@ from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import DSAConfig, FullConfig, MixersConfig, WindowConfig
 from lt2titan.parallel.config import ParallelismConfig
-from lt2titan.parallel.config.context_parallel import WITHOUT
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
@@ -135,7 +134,7 @@ CASES = [
     *((layout, "gdn") for layout in ("fsdp", "hsdp", "ring")),
     ("ring", "full"),
     *(("tensor", mixer) for mixer in MixersConfig.names()),
-    *(("context", mixer) for mixer in MixersConfig.names() if mixer not in WITHOUT),
+    *(("context", mixer) for mixer in MixersConfig.names()),
 ]
 
 

@@ -12,7 +12,7 @@ PURE = "--model.hybrid.mixer ''"
 PACKED = "--training.dataset files --model.vocab_size 264 --data.document_mask --data.max_documents_per_sample 16"
 FLOAT8 = f"--model.mixer full {PURE} --float8.emulate --float8.min_size 16 --float8.no_auto_filter --float8.recipe"
 
-MIXERS = ["full", "window", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gdn", "kda", "rwkv7", "dsa"]
+MIXERS = ["full", "window", "retnet", "mamba2", "gla", "hgrn2", "deltanet", "gdn", "kda", "rwkv7", "dsa", "nsa"]
 
 # What is trained: changes to tests/assets/layouts.toml that change the numbers.
 MODELS = {
@@ -26,6 +26,7 @@ MODELS = {
     "gdn+full packed": PACKED,
     "full packed": f"--model.mixer full {PURE} {PACKED}",
     "window packed": f"--model.mixer window {PURE} {PACKED}",
+    "nsa packed": f"--model.mixer nsa {PURE} {PACKED}",
     "rwkv7+full packed": f"--model.mixer rwkv7 {PACKED}",
     "mamba2+window": "--model.mixer mamba2 --model.hybrid.mixer window",
     "mamba2+window packed": f"--model.mixer mamba2 --model.hybrid.mixer window {PACKED}",
@@ -133,7 +134,7 @@ CASES = [
     Case(2, "tp", "full rowwise", *FLOAT8_PARTS),
     Case(2, "cp", "gdn"),
     Case(2, "cp", "full packed"),
-    Case(2, "cp block", "window packed"),
+    Case(2, "cp block", "nsa packed"),
     Case(2, "cp selective", "mamba2+window packed"),
     Case(2, "cp nested 2-rows", "rwkv7+full packed"),
     Case(2, "cp compile", "gdn+full packed"),
@@ -184,7 +185,14 @@ def _wide() -> list[Case]:
     cases += [
         Case(2, f"{degree} {mode}", "gdn+dsa reused packed") for degree in DEGREES for mode in ("nested", "compile")
     ]
-    packed = ("full packed", "window packed", "rwkv7+full packed", "mamba2+window packed", "gdn+dsa reused packed")
+    packed = (
+        "full packed",
+        "window packed",
+        "nsa packed",
+        "rwkv7+full packed",
+        "mamba2+window packed",
+        "gdn+dsa reused packed",
+    )
     for model in packed:
         cases += [Case(4, layout, model) for layout in ("tp cp", "cp4", "tp fsdp compile", "cp fsdp compile")]
     # Its C++ takes most of a minute; tests/unit/parallel/test_compile_training.py compiles with it in the default part.

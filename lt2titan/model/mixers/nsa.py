@@ -9,6 +9,7 @@ from lt2titan.config.section import ConfigError
 from lt2titan.kernels.attention import attention
 from lt2titan.kernels.nsa import (
     MAX_GROUP,
+    BlockLayout,
     compress,
     compressed_attention,
     gpu_misfit,
@@ -23,6 +24,7 @@ from lt2titan.model.mixers.config import NSAConfig
 from lt2titan.model.mixers.config.sizes import divisors
 from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.shares import gather_last
+from lt2titan.model.stretch import with_earlier_keys
 
 
 class NSA(Mixer):
@@ -39,6 +41,7 @@ class NSA(Mixer):
         self.head_dim = self.rotary_dim = dim // config.n_heads
         self.block_size = self.key_block_size = config.block_size
         self.n_blocks, self.window, self.backend = config.n_blocks, config.window, common.backend
+        self.keys_are_whole = self.n_kv_heads == 1
         if common.backend == "fla":
             _check_gpu_sizes(config, dim)
         self.q_proj = Linear(dim, dim, init_std=dim**-0.5)
@@ -48,29 +51,29 @@ class NSA(Mixer):
         self.o_proj = Linear(dim, dim, init_std=dim**-0.5)
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        tables = context.rotary[self.head_dim]
-        q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
-        k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = self.heads(x, context)
         own, cached = self._branches, self._cached_branches
         branches = own(q, k, v, context) if state is None else cached(q, k, v, context, state)
         gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (-1, 3, 1)).unbind(-2)
         y = sum(gate * branch for gate, branch in zip(gates, branches, strict=True))
         return self.o_proj(y.flatten(-2)), carry
 
+    def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, L, H, D), k and v (B, L, Hkv, D) of x (B, L, dim)."""
+        tables = context.rotary[self.head_dim]
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
+        return q, k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+
     def _branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Branches:
         block_size, backend, layout = self.block_size, self.backend, context.key_blocks[self.block_size]
+        cu_seqlens_k = context.cu_seqlens
+        if context.stretch is not None:
+            k, v = (x.contiguous() for x in with_earlier_keys(k, v, context.stretch))  # copied once for all branches
+            cu_seqlens_k = context.stretch.cu_seqlens_k
         k_cmp, v_cmp = compress(k, layout, block_size), compress(v, layout, block_size)
         compressed, lse = compressed_attention(q, k_cmp, v_cmp, layout, block_size=block_size, backend=backend)
-        with torch.no_grad():
-            ranking_q = q
-            if self.share.n_ranks > 1 and self.n_kv_heads == 1:
-                # The ranks have heads of one group: every one ranks by all of them, and so all choose the same.
-                ranking_q = gather_last(q.flatten(-2), self.share).unflatten(-1, (-1, self.head_dim))
-                lse = gather_last(lse, self.share)
-            blocks = select_blocks(
-                ranking_q, k_cmp, lse, layout, block_size=block_size, n_blocks=self.n_blocks, backend=backend
-            )
+        blocks = self.choose(q, k_cmp, lse, layout)
         selected = selected_attention(q, k, v, blocks, layout, block_size=block_size, backend=backend)
         windowed = attention(
             q,
@@ -78,10 +81,28 @@ class NSA(Mixer):
             v,
             window=self.window,
             cu_seqlens=context.cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
             max_seqlen=context.max_seqlen,
             backend=backend,
         )
         return compressed, selected, windowed
+
+    def choose(self, q: Tensor, k_cmp: Tensor, lse: Tensor, layout: BlockLayout) -> Tensor:
+        """Blocks (B, L, Hkv, n_blocks) of queries q (B, L, H, D), see `select_blocks`. If one key head serves the query
+        heads of all tensor-parallel ranks, every one ranks by all of them, and so all choose the same."""
+        block_size, n_blocks = self.block_size, self.n_blocks
+        with torch.no_grad():
+            q, lse = self.of_group(q, self.head_dim), self.of_group(lse)
+            return select_blocks(q, k_cmp, lse, layout, block_size=block_size, n_blocks=n_blocks, backend=self.backend)
+
+    def of_group(self, x: Tensor, width: int = 0) -> Tensor:
+        """(B, L, heads, ...) of this rank -> of all ranks that have heads of one group, without gradient; the last
+        dimension is ``width`` wide."""
+        x = x.detach()
+        if self.share.n_ranks == 1 or not self.keys_are_whole:
+            return x
+        gathered = gather_last(x.flatten(2), self.share)
+        return gathered.unflatten(-1, (-1, width)) if width else gathered
 
     def _cached_branches(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Branches:
         """Of new tokens, which then are in ``state`` too. Row b, or packed document b, continues sequence b."""
@@ -108,7 +129,7 @@ class NSA(Mixer):
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
         rows = ["q_proj.weight", "gate_proj.weight"]
-        if self.n_kv_heads > 1:  # one key head is whole on every rank
+        if not self.keys_are_whole:
             rows += ["k_proj.weight", "v_proj.weight"]
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}
 

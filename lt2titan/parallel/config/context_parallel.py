@@ -6,9 +6,6 @@ from lt2titan.config.section import ConfigError
 from lt2titan.model.config import ModelConfig
 from lt2titan.model.mixers.config.sizes import divisors
 
-WITHOUT = ("nsa",)
-"""Mixers that do not reach tokens of other ranks yet."""
-
 
 def check_ring(model: ModelConfig, degree: int, document_mask: bool, precision: str) -> None:
     """Refuse a ring of keys where there is none to go round, or attention is not full, over dense rows, in bf16.
@@ -32,8 +29,7 @@ def check_ring(model: ModelConfig, degree: int, document_mask: bool, precision: 
 
 
 def check_context_parallel(model: ModelConfig, lengths: dict[str, int], degree: int) -> None:
-    """Refuse a degree that does not split rows evenly, whose stretches are shorter than a convolution reaches back, or
-    that a mixer does not know.
+    """Refuse a degree that does not split rows evenly, or whose stretches are shorter than a convolution reaches back.
 
     Args:
         lengths: of rows in tokens, by the key that sets them.
@@ -41,10 +37,6 @@ def check_context_parallel(model: ModelConfig, lengths: dict[str, int], degree: 
     Raises:
         ConfigError: context_parallel_degree, with the numbers.
     """
-    unable = [name for name in dict.fromkeys(model.layer_mixers) if name in WITHOUT]
-    if degree > 1 and unable:
-        reason = f"{unable[0]} layers do not reach tokens of other ranks yet; use 1, or another mixer"
-        raise ConfigError("context_parallel_degree", degree, reason)
     history = max(getattr(getattr(model.mixers, name), "conv_size", 2) - 1 for name in model.layer_mixers)
     for name, length in lengths.items():
         if length % degree:

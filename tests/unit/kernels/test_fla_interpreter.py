@@ -22,6 +22,7 @@ if _missing := [name for name in ("triton", "fla", "einops") if importlib.util.f
     pytest.skip(f"not installed: {_missing}", allow_module_level=True)
 
 import triton_interpreter
+from nsa_stretches import check_stretches
 
 from lt2titan.kernels.check.case import Case
 from lt2titan.kernels.check.cases import errors_of
@@ -58,6 +59,7 @@ CASES = [
     Case("nsa", FP32, "one token", batch=2, length=1, options=NSA),
     Case("nsa", FP32, "blocks in parts", Sizes(3, 1, 72, 72), length=131, options={"block_size": 64, "n_blocks": 3}),
     Case("nsa", FP32, "packed", Sizes(16, 1, 16, 16), documents=(1, 66, 3, 64, 0, 0), options=NSA),
+    Case("nsa", FP32, "earlier keys", Sizes(2, 1, 16, 16), batch=2, length=101, options={**NSA, "n_before": 40}),
     *recurrence_cases(),
     Case("short_convolution", FP32, "dense", batch=2, length=67, state=True, options=CONVOLUTION),
     Case("short_convolution", FP32, "one token", batch=2, length=1, state=True, options={**CONVOLUTION, "bias": True}),
@@ -137,6 +139,11 @@ def test_nsa_of_equally_probable_blocks_takes_the_older_as_the_reference_does() 
         13,
         14,
     ]  # own 14, previous 13, best 4, then 6 and 7, oldest
+
+
+@pytest.mark.parametrize(("n_stretches", "packed"), [(2, False), (4, True)])
+def test_nsa_of_stretches_of_rows_is_that_of_the_rows(n_stretches: int, packed: bool) -> None:
+    check_stretches(FP32, "fla", n_stretches, packed, tolerance=1e-5)
 
 
 def test_nsa_sums_long_lists_of_queries_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:

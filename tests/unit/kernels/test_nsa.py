@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nsa_stretches import BOUNDS as BOUNDS_OF_ROWS
+from nsa_stretches import LENGTH, ROWS, check_stretches, stretch_layout
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,7 +62,51 @@ def test_blocks_start_anew_with_every_document() -> None:
     assert layout.block_stop.tolist() == ends + [BOUNDS[-1]] * n_empty
     for token in range(BOUNDS[-1]):
         start = max(b for b in BOUNDS if b <= token)
-        assert layout.token_start[token] == start and starts[int(layout.token_block[token])] == start
+        assert layout.query_start[token] == start and starts[int(layout.query_block[token])] == start
+        assert layout.query_position[token] == token - start
+        assert starts[int(layout.key_block[token])] == token - (token - start) % SIZE
+
+
+@pytest.mark.parametrize("edges", [(0, 66), (33, 66), (66, 99), (99, 132), (0, 132)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_that_lie_apart_from_keys(edges: tuple[int, int], packed: bool) -> None:
+    """Every field by looking for it, token by token."""
+    first, last = edges
+    layout = stretch_layout(first, last, packed)
+    bounds = BOUNDS_OF_ROWS if packed else [0, LENGTH, 2 * LENGTH]
+    tokens = [row * LENGTH + i for row in range(ROWS) for i in range(last)]  # of each key, and of each query
+    queries = [row * LENGTH + i for row in range(ROWS) for i in range(first, last)]
+    start_of = {token: max(b for b in bounds if b <= token) for token in tokens}
+    blocks: list[list[int]] = []  # of tokens
+    for token in tokens:
+        if (token - start_of[token]) % SIZE == 0:
+            blocks.append([])
+        blocks[-1].append(token)
+    for query, token in enumerate(queries):
+        start = start_of[token]
+        assert layout.query_position[query] == token - start
+        assert tokens[int(layout.query_start[query])] == start
+        assert blocks[int(layout.query_block[query])][0] == start
+    for key, token in enumerate(tokens):
+        assert token in blocks[int(layout.key_block[key])]
+    n_blocks = len(blocks)
+    assert [tokens[int(i)] for i in layout.block_start[:n_blocks]] == [block[0] for block in blocks]
+    for i, block in enumerate(blocks):
+        start = start_of[block[0]]
+        of_document = [token for token in tokens if start_of[token] == start]
+        assert tokens[int(layout.block_stop[i]) - 1] == of_document[-1]
+        seen = [t for t in of_document if t >= block[0] + SIZE - 1 and t in queries]
+        assert queries[layout.seen_from[i] : layout.seen_until[i]] == seen
+        for token in set(of_document) & set(queries):
+            assert token - block[0] == queries.index(token) - int(layout.block_query[i])
+    for empty, place in zip(layout[6:], [len(tokens)] * 2 + [len(queries)] * 3, strict=True):
+        assert (empty[n_blocks:] == place).all()
+
+
+@pytest.mark.parametrize("n_stretches", [2, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_stretches_of_rows_are_the_rows(n_stretches: int, packed: bool) -> None:
+    check_stretches(torch.float64, "reference", n_stretches, packed, tolerance=1e-13)
 
 
 def test_fla_defines_the_same_functions() -> None:

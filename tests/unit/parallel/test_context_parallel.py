@@ -45,7 +45,6 @@ from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.communication_estimate import of_activations
 from lt2titan.parallel.config import ParallelismConfig
-from lt2titan.parallel.config.context_parallel import WITHOUT, check_context_parallel
 from lt2titan.parallel.context_parallel import apply_context_parallel
 from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.layout import Layout
@@ -59,8 +58,6 @@ def mesh(context: int, **degrees: int) -> ParallelDims:
 def every_mixer() -> None:
     dims = mesh(2)
     for name in MixersConfig.names():
-        if name in WITHOUT:
-            continue
         for packed in (False, True):
             check_same(config(name), dims, packed=packed)
 
@@ -100,14 +97,20 @@ def collectives_per_visit() -> None:
     """One gather of keys and values, and of an indexer's keys with them; one of a recurrence's ends and one for each of
     its three convolutions.
 
-    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For dsa: index keys of 6
-    channels beside these. For retnet: 2 states of 12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states
-    of 6 x 6 with 6 x 6, and 3 tokens of 12, 12 and 24 channels. Of two ranks each sends its own.
+    In fp64 each rank has, of two rows, for full: 6 tokens with 2 key heads of 4 channels. For retnet: 2 states of
+    12 x 10, and 12 x 12 that say what is done to them. For GDN: 4 states of 6 x 6 with 6 x 6, and 3 tokens of 12, 12
+    and 24 channels. For NSA as for full, with 1 key head; for DSA as for full, with index keys of 6
+    channels. Of two ranks each sends its own.
     """
     dims = mesh(2)
-    sizes = {"full": 2 * 6 * 2 * 4, "retnet": 2 * 12 * (10 + 12), "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24)}
-    sizes["dsa"] = sizes["full"] + 6 * 6
-    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4), ("dsa", 1)):
+    sizes = {
+        "full": 2 * 6 * 2 * 4,
+        "retnet": 2 * 12 * (10 + 12),
+        "gdn": 4 * 6 * (6 + 6) + 3 * (12 + 12 + 24),
+        "nsa": 2 * 6 * 4,
+        "dsa": 2 * 6 * 2 * 4 + 6 * 6,
+    }
+    for name, n_gathers in (("full", 1), ("retnet", 1), ("gdn", 4), ("nsa", 1), ("dsa", 1)):
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
         loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
@@ -127,10 +130,10 @@ def collectives_per_visit() -> None:
 
 
 def memory_as_predicted() -> None:
-    """What the last rank keeps of the core for the backward pass, but for a few bytes."""
+    """What the last rank keeps of the core for the backward pass, but for a few bytes; the first one keeps no more."""
     dims = mesh(2)
     assert dims.context_mesh is not None
-    for name in ("full", "window", "gdn", "mamba2", "dsa"):
+    for name in ("full", "window", "gdn", "mamba2", "nsa", "dsa"):
         model, given = whole_model(config(name)), []
         apply_context_parallel(model, dims.context_mesh)
         handle = model.core.register_forward_pre_hook(lambda core, args: given.append(args))  # noqa: B023
@@ -140,9 +143,12 @@ def memory_as_predicted() -> None:
         h, context, *_ = given[0]
         saved = saved_bytes(model, h.detach().requires_grad_(), context)
         sizes = core_memory(model, batch_size=2, length=LENGTH // 2, dtype=torch.float64, n_context=2)
-        unused = sizes.shared - sum(t.nbytes for t in tree_leaves(context.rotary))  # autograd has no use for integers
+        used = tree_leaves([context.rotary, context.key_blocks])
+        unused = sizes.shared - sum(t.nbytes for t in used)  # autograd has no use for other integers
+        predicted = sizes.under(KEEP_ALL).kept
+        assert saved + unused < predicted + 100, name
         if dims.context_rank == 1:
-            assert sizes.under(KEEP_ALL).kept == pytest.approx(saved + unused, rel=0, abs=100), name
+            assert predicted == pytest.approx(saved + unused, rel=0, abs=100), name
 
 
 def saved_bytes(model: LT2, h: torch.Tensor, context: Context) -> int:
@@ -234,14 +240,6 @@ def test_a_run_is_refused_before_it_starts() -> None:
     job.validation.enable, job.validation.seq_len = True, 31
     with pytest.raises(ConfigError, match=r"^parallelism.context_parallel_degree = 2: .*validation.seq_len = 31"):
         job.validate_run(2)
-
-
-@pytest.mark.parametrize("mixer", WITHOUT)
-def test_mixers_without_context_parallelism_are_refused(mixer: str) -> None:
-    for shape in (config(mixer), config("gdn", mixer)):
-        check_context_parallel(shape, {"training.seq_len": 32}, 1)
-        with pytest.raises(ConfigError, match=f"context_parallel_degree = 2: {mixer} layers"):
-            check_context_parallel(shape, {"training.seq_len": 32}, 2)
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,19 @@ def recompute_and_fewer_loops() -> None:
 
 
 def diagnosed_and_observed_alike() -> None:
-    dims, shape = mesh(2), config("gdn", "full")
-    one, split = whole_model(shape), split_model(shape, dims, True)
-    text = batches(0, packed=False)
-    figures = [validation_diagnostics(model, text, CPU) for model in (split, one)]
-    statistics = [LoopStatistics(3, CPU) for _ in figures]
-    for model, observer in zip((split, one), statistics, strict=True):
-        with model.core.observed_by(observer):
-            loss_of(model, text)
-    split_figures, expected = (a | b.figures() for a, b in zip(figures, statistics, strict=True))
-    assert len(expected) == 3 * 5
-    assert split_figures == pytest.approx(expected, rel=1e-10)
+    dims, text = mesh(2), batches(0, packed=False)
+    # Of every loop; of all but the first the overlap with the one before.
+    shapes = ((config("gdn", "full"), 3 * 5), (config("nsa"), 3 * 6 - 1), (config("nsa", mixers=TWO_KEY_HEADS), 17))
+    for shape, n_figures in shapes:
+        one, split = whole_model(shape), split_model(shape, dims, True)
+        figures = [validation_diagnostics(model, text, CPU) for model in (split, one)]
+        statistics = [LoopStatistics(3, CPU) for _ in figures]
+        for model, observer in zip((split, one), statistics, strict=True):
+            with model.core.observed_by(observer):
+                loss_of(model, text)
+        split_figures, expected = (a | b.figures() for a, b in zip(figures, statistics, strict=True))
+        assert len(expected) == n_figures
+        assert split_figures == pytest.approx(expected, rel=1e-10)
 
 
 def sums_of_gradients_do_not_grow_with_loops() -> None:
