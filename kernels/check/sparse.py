@@ -185,4 +185,4 @@ def dsa_select_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(operator, dtype, f"{what}, packed rows, earlier keys", documents=ROWS, decode=True, options=of_rows)
     options = {"top_k": 2048, "local": 64}
     yield Case(operator, dtype, "one token", length=1, decode=True, options={"top_k": 4, "local": 2} | odd)
-    yield Case(operator, dtype, "ties, long", length=5000, decode=True, options=options | wide)
+    yield Case(operator, dtype, "ties, long", length=9000, decode=True, options=options | wide)

@@ -265,16 +265,13 @@ def select(
     indices = torch.empty(batch, length, n_slots, dtype=torch.int32, device=q.device)
     searched = min(max(SEARCHED, triton.next_power_of_2(2 * n_slots)), triton.next_power_of_2(key_length))
     is_thinned = key_length > searched
-    group = triton.next_power_of_2(triton.cdiv(key_length, searched))
-    tile_k = max(TILE_K, group)
     chunk = max(1, min(length, CHUNK_NUMBERS // (batch * key_length)))
 
     def room(*shape: int) -> Tensor:
         return torch.empty(batch, chunk, *shape, dtype=torch.int32, device=q.device)
 
     keys, bounds = room(key_length), room()
-    maxima = room(triton.cdiv(key_length, group) if is_thinned else 0)
-    thinned = (room(2), room(searched)) if is_thinned else (room(0), room(0))
+    maxima, *thinned = (room(n if is_thinned else 0) for n in (searched, 2, searched))
     sizes = {
         "N_SLOTS": n_slots,
         "SEARCHED": searched,
@@ -284,6 +281,8 @@ def select(
     for first in range(0, length, chunk):
         n_rows = min(chunk, length - first)
         n_keys = key_length - length + first + n_rows
+        group = triton.next_power_of_2(triton.cdiv(n_keys, searched))  # as few keys as leave maxima to be searched
+        tile_k = max(TILE_K, group)
         place = (length, key_length, first, n_rows, n_keys)
         # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
         if cu_seqlens is not None or n_keys > n_slots:
@@ -303,12 +302,12 @@ def select(
                 BLOCK_WIDTH=max(16, triton.next_power_of_2(width)),
                 BLOCK_Q=TILE_Q,
                 BLOCK_K=tile_k,
-                GROUP=group if is_thinned else 1,
+                GROUP=group,
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=WARPS,
                 num_stages=STAGES,
             )
-        if is_thinned and n_keys > searched:
+        if group > 1:
             _thin_kernel[(n_rows, batch)](keys, maxima, starts, bounds, *thinned, *place, GROUP=group, **sizes)
         _select_kernel[(n_rows, batch)](
             keys,

@@ -106,12 +106,12 @@ def check(mixer: str, layout: str, is_packed: bool) -> None:
         materialise(model, device, seed=0)
     one.to(torch.bfloat16)
     exact = build_on_meta(config(mixer), "reference")
-    exact.load_state_dict({k: v.cpu().double() for k, v in one.state_dict().items()}, assign=True)
+    exact.load_state_dict({k: v.double() for k, v in one.state_dict().items()}, assign=True)
     whole = batch(is_packed)
     loss, gradients = loss_and_gradient(split, own_part(whole, dims), device)
     dist.all_reduce(loss, group=dims.loss_group)
     _, one_gradients = loss_and_gradient(one, whole, device)
-    exact_loss, exact_gradients = loss_and_gradient(exact, whole, torch.device("cpu"))
+    exact_loss, exact_gradients = loss_and_gradient(exact, whole, device)
     error, yardstick = relative(gradients, exact_gradients), relative(one_gradients, exact_gradients)
     off = abs(float(loss) / float(exact_loss) - 1)
     if dist.get_rank() == 0:
@@ -121,6 +121,7 @@ def check(mixer: str, layout: str, is_packed: bool) -> None:
 
 def _start(rank: int, rendezvous: str, layout: str, mixer: str) -> None:
     torch.cuda.set_device(rank)
+    torch.set_num_threads(1)  # many of these run at a time
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=N_RANKS)
     limit_tuning(2)
     check(mixer, layout, is_packed=False)
