@@ -6,25 +6,25 @@ import torch
 
 from lt2titan.config.job import JobConfig
 from lt2titan.kernels.backend import resolve_backend
+from lt2titan.layout_plan import plan_layout
 from lt2titan.metrics.hardware import device_memory
-from lt2titan.model.flops import count_parameters
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.float8 import plan_float8
-from lt2titan.parallel.fsdp import FSDPPlan, plan_fsdp
+from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
 
-def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> tuple[LT2, FSDPPlan]:
-    """The model on ``device``, laid out over ``dims``, with its initial values; and how FSDP2 treats its loops."""
-    model, plan = lay_out(config, dims, device, device_memory(device))
+def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> tuple[LT2, Layout]:
+    """The model on ``device``, laid out over ``dims``, with its initial values; and how it is."""
+    model, layout = lay_out(config, dims, device, device_memory(device))
     storage = torch.device("cpu") if config.parallelism.cpu_offload else device
     materialise(model, device, config.debug.seed, storage)
-    return model, plan
+    return model, layout
 
 
-def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory: int) -> tuple[LT2, FSDPPlan]:
+def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory: int) -> tuple[LT2, Layout]:
     """`build_model` without values; ``memory`` is the device's, in bytes."""
     backend = resolve_backend(config.kernels.backend, device)
     model = build_on_meta(config.model, backend)
@@ -33,18 +33,8 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
         precision = "bfloat16" if device.type == "cuda" else "float32"
     param_dtype = getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    plan = plan_fsdp(
-        loop_reshard=config.parallelism.fsdp_loop_reshard,
-        defer_reductions=config.parallelism.fsdp_defer_reductions,
-        n_parameters=count_parameters(model).total // dims.tensor,
-        n_shards=dims.shard * dims.context,
-        n_ranks=dims.replicate * dims.shard * dims.context,
-        n_microbatches=config.training.microbatches(dims.dp_size)[1],
-        param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-        cpu_offload=config.parallelism.cpu_offload,
-        device_memory=memory,
-    )
+    world_size = dims.replicate * dims.shard * dims.context * dims.tensor
+    layout = plan_layout(config, model, world_size, param_dtype, memory)
     parallelize(
         model,
         dims,
@@ -54,7 +44,7 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
         compile_backend=config.compile.backend if config.compile.enable else "",
         skip_last_loops=config.activation_checkpoint.skip_last_loops,
         memory_budget=config.activation_checkpoint.memory_budget,
-        loop_reshard=plan.loop_reshard,
+        loop_reshard=layout.loop_reshard,
         cpu_offload=config.parallelism.cpu_offload,
         sequence_parallel=config.parallelism.sequence_parallel,
         context_parallel_attention=config.parallelism.context_parallel_attention,
@@ -67,4 +57,4 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
             n_tokens=config.training.microbatches(dims.dp_size)[0] * config.training.seq_len // dims.context,
         ),
     )
-    return model, plan
+    return model, layout

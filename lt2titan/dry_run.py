@@ -67,13 +67,13 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     dims = ParallelDims.build(config.parallelism, "cpu")
     n_rows, _ = config.training.microbatches(dims.dp_size)
     whole = count_parameters(build_on_meta(config.model, "reference"))
-    model, plan = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
+    model, layout = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
     with FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
         model.to_empty(device=CPU)
         weights = [_local(parameter) for parameter in model.parameters()]
         optimizer = build_optimizer(model, config.optimizer)
         tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)
-        for is_last in (False, True) if plan.defers_reductions else (True,):
+        for is_last in (False, True) if layout.defers_reductions else (True,):
             set_gradient_sync(model, is_last)
             loss, saved = _saved_bytes(model, lambda: _objective(*model(tokens, targets=tokens, with_auxiliary=True)))
             loss.backward()
@@ -84,7 +84,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
     on_rank = whole.total // dims.tensor
     blocks = [n // dims.tensor for n in whole.blocks]
-    gathered = on_rank if plan.loop_reshard != "per_visit" else on_rank - sum(blocks) + 2 * max(blocks)
+    gathered = on_rank if layout.loop_reshard != "per_visit" else on_rank - sum(blocks) + 2 * max(blocks)
     return {
         "parameters": whole.total,
         "parameters per rank": sum(w.numel() for w in weights),
@@ -93,7 +93,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         "optimizer state": _n_bytes(moments),
         "gathered parameters": gathered * itemsize,
         "whole gradients": on_rank * itemsize,
-        "kept gradients": on_rank * 4 if plan.defers_reductions else 0,
+        "kept gradients": on_rank * 4 if layout.defers_reductions else 0,
         "saved activations": saved,
     }
 

@@ -72,7 +72,7 @@ class Trainer:
 
         self.dims = ParallelDims.build(config.parallelism, device.type)
         self.local_batch_size, self.n_microbatches = config.training.microbatches(self.dims.dp_size)
-        self.model, self.fsdp = build_model(config, self.dims, device)
+        self.model, self.layout = build_model(config, self.dims, device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.loop_schedule = LoopSchedule(config.model.loop, config.model.n_loops, config.debug.seed)
         self.indexers = IndexerSchedule(config.model)
@@ -286,7 +286,7 @@ class Trainer:
         is_diagnosed = self.config.metrics.loop_diagnostics and self.metrics.should_log(self.step)
         loops = LoopStatistics(self.config.model.n_loops, self.device) if is_diagnosed else None
         for i, batch in enumerate(microbatches, start=1):
-            if self.fsdp.defers_reductions:
+            if self.layout.defers_reductions:
                 set_gradient_sync(self.model, i == len(microbatches))
             with phase("forward"), self.model.core.observed_by(loops):
                 loss, auxiliary = self.model(
@@ -382,7 +382,7 @@ class Trainer:
         if self.config.metrics.loop_diagnostics:
             rows = (self.config.validation.local_batch_size or self.local_batch_size) * self.dims.dp_size
             first_batches = islice(self.validation_loader, math.ceil(SLICE_ROWS / rows))
-            with kept_gathered(self.model, self.fsdp.loop_reshard):
+            with kept_gathered(self.model, self.layout.loop_reshard):
                 extra |= validation_diagnostics(self.model, first_batches, self.device, sees_all)
         reshard(self.model)
         self.last_evaluation = evaluation

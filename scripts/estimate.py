@@ -17,16 +17,13 @@ from rich.table import Table
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
 from lt2titan.config.section import ConfigError
+from lt2titan.layout_plan import core_of, estimate_memory, plan_layout
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_checkpoint import recompute_plan
-from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.communication_estimate import of_activations, of_parameters
-from lt2titan.parallel.fsdp import plan_fsdp
-from lt2titan.parallel.layout import Layout
-from lt2titan.parallel.layout_estimate import memory_by_category
 
 
 def estimate(config: JobConfig) -> dict[str, Any]:
@@ -68,62 +65,17 @@ def estimate(config: JobConfig) -> dict[str, Any]:
 def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
     """Memory per device by category and communication per step on ``world_size`` GPUs. Attention is taken to gather
     keys (parallelism.context_parallel_attention = "ring" takes less)."""
-    parallelism, loops = config.parallelism, config.model.loop
     config.validate_layout(world_size)
-    batch_size, n_microbatches = config.training.microbatches(parallelism.data_parallel_size(world_size))
     model = build_on_meta(config.model, "reference" if config.kernels.backend == "reference" else "fla")
-    n_documents = batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0
-    n_context, n_replicas = parallelism.context_parallel_degree, parallelism.data_parallel_replicate_degree
-    n_shards = parallelism.shard_degree(world_size) * n_context
-    precision = config.training.mixed_precision_param
+    precision, is_compiled = config.training.mixed_precision_param, config.compile.enable
     dtype = torch.bfloat16 if precision == "auto" else getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    plan = plan_fsdp(
-        loop_reshard=parallelism.fsdp_loop_reshard,
-        defer_reductions=parallelism.fsdp_defer_reductions,
-        n_parameters=count_parameters(model).total // parallelism.tensor_parallel_degree,
-        n_shards=n_shards,
-        n_ranks=n_shards * n_replicas,
-        n_microbatches=n_microbatches,
-        param_dtype=dtype,
-        reduce_dtype=reduce_dtype,
-        cpu_offload=parallelism.cpu_offload,
-        device_memory=int(config.comm.device_memory_gib * 2**30),
-    )
-    layout = Layout(
-        n_replicas=n_replicas,
-        n_shards=n_shards,
-        n_context=n_context,
-        n_tensor=parallelism.tensor_parallel_degree,
-        sequence_parallel=parallelism.sequence_parallel,
-        loop_reshard=plan.loop_reshard,
-        defers_reductions=plan.defers_reductions,
-        cpu_offload=parallelism.cpu_offload,
-    )
-    n_loops, recompute, seq_len = config.model.n_loops, config.activation_checkpoint, config.training.seq_len
-    memory = memory_by_category(
-        model,
-        layout,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        dtype=dtype,
-        activation_checkpoint=recompute.mode,
-        skip_last_loops=recompute.skip_last_loops,
-        n_loops=n_loops,
-        n_backward_loops=loops.backward_loops,
-        is_compiled=config.compile.enable,
-        memory_budget=config.activation_checkpoint.memory_budget,
-        n_microbatches=n_microbatches,
-        n_documents=n_documents,
-    )
-    core = core_memory(
-        model,
-        batch_size=batch_size,
-        length=seq_len // n_context,
-        dtype=dtype,
-        n_documents=n_documents,
-        n_context=n_context,
-    )
+    layout = plan_layout(config, model, world_size, dtype, int(config.comm.device_memory_gib * 2**30))
+    core = core_of(config, model, layout, dtype)
+    as_compiled = core_of(config, model, layout, dtype, is_compiled=True) if is_compiled else core
+    memory = estimate_memory(config, model, layout, as_compiled, dtype, is_compiled)
+    _, n_microbatches = config.training.microbatches(config.parallelism.data_parallel_size(world_size))
+    n_loops, recompute = config.model.n_loops, config.activation_checkpoint
     communication = of_parameters(
         model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
     ) | of_activations(
@@ -132,7 +84,7 @@ def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
         recompute_plan(recompute.mode, recompute.skip_last_loops),
         n_microbatches=n_microbatches,
         n_loops=n_loops,
-        n_backward_loops=loops.backward_loops,
+        n_backward_loops=config.model.loop.backward_loops,
     )
     return {
         "world_size": world_size,

@@ -23,7 +23,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,77 +37,6 @@ logger = logging.getLogger("lt2titan")
 # A block hands on what it did not write of the carry (RWKV-7's first values), which autograd calls a view. Nothing here
 # writes into a block's output; gradients are those of one whole model (tests/unit/parallel).
 warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
-
-PER_STEP_SHARE = 1 / 2
-"""Of device memory that weights, gradients and optimizer state may take with per_step or deferred reductions; the
-rest is left to activations."""
-
-PER_PASS_SHARE = 2 / 3
-"""The same for per_pass, whose gathered parameters are whole only when some of the activations are gone."""
-
-
-@dataclass(frozen=True)
-class FSDPPlan:
-    """What "auto" came to. loop_reshard: "per_step", "per_pass" or "per_visit"."""
-
-    loop_reshard: str
-    defers_reductions: bool
-
-
-def plan_fsdp(
-    *,
-    loop_reshard: str,
-    defer_reductions: str,
-    n_parameters: int,
-    n_shards: int,
-    n_ranks: int,
-    n_microbatches: int,
-    param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-    cpu_offload: bool,
-    device_memory: int,
-) -> FSDPPlan:
-    """Choose what is "auto" by a memory estimate; logs the figures and the choice.
-
-    Counted per device: fp32 weights, gradients and two Adam moments (16 bytes per sharded parameter, none with
-    offloading), gathered parameters and whole gradients in ``param_dtype``, and with deferred reductions the whole
-    gradients kept between microbatches in ``reduce_dtype``. Activations are not known here: they get the rest, see
-    PER_STEP_SHARE and PER_PASS_SHARE.
-
-    Args:
-        loop_reshard: "auto", "per_step", "per_pass" or "per_visit".
-        defer_reductions: "auto", "on" or "off".
-        n_parameters: of the whole model, or of this rank's part of it under tensor parallelism.
-        n_shards: ranks over which they are sharded.
-        n_ranks: ranks over which gradients are reduced (shards x replicas); 1 has nothing to reduce.
-        n_microbatches: per optimizer step.
-        device_memory: bytes.
-    """
-    sharded = 0 if cpu_offload else 16 * n_parameters // n_shards
-    gathered = gradients = n_parameters * param_dtype.itemsize
-    kept = n_parameters * reduce_dtype.itemsize
-    needed = sharded + gathered + gradients
-    chosen = loop_reshard
-    if chosen == "auto":
-        chosen = "per_visit"
-        if needed <= PER_STEP_SHARE * device_memory:
-            chosen = "per_step"
-        elif needed <= PER_PASS_SHARE * device_memory:
-            chosen = "per_pass"
-    needed_to_defer = needed + kept - (gathered if chosen == "per_visit" else 0)
-    fits = needed_to_defer <= PER_STEP_SHARE * device_memory
-    can_defer = n_microbatches > 1 and n_ranks > 1
-    defers = can_defer and (fits if defer_reductions == "auto" else defer_reductions == "on")
-    logger.info(
-        "FSDP2 memory: %s sharded weights, gradients and optimizer state, %s gathered parameters, %s whole gradients, "
-        "%s more to defer reductions; %s per device: fsdp_loop_reshard = %s (%s), reductions %s (%s)",
-        *map(_gib, (sharded, gathered, gradients, kept, device_memory)),
-        chosen,
-        "auto" if loop_reshard == "auto" else "as configured",
-        "deferred to the last microbatch" if defers else "after every microbatch" if can_defer else "nothing to defer",
-        defer_reductions,
-    )
-    return FSDPPlan(chosen, defers)
 
 
 def apply_fsdp(
@@ -198,7 +126,3 @@ def _free_blocks(core: nn.Module, arguments: Any, h: torch.Tensor) -> None:
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"

@@ -7,7 +7,7 @@ import torch
 from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import recompute_plan
-from lt2titan.parallel.activation_memory import core_memory
+from lt2titan.parallel.activation_memory import CoreMemory
 from lt2titan.parallel.layout import Layout
 
 FP32 = 4
@@ -16,18 +16,16 @@ FP32 = 4
 def memory_by_category(
     model: LT2,
     layout: Layout,
+    core: CoreMemory,
     *,
-    batch_size: int,
-    seq_len: int,
+    n_tokens: int,
     dtype: torch.dtype,
     activation_checkpoint: str,
     skip_last_loops: int,
     n_loops: int,
     n_backward_loops: int,
     is_compiled: bool = False,
-    memory_budget: float = 1.0,
     n_microbatches: int = 1,
-    n_documents: int = 0,
 ) -> dict[str, int]:
     """Bytes per device by category, and "peak", the largest of four moments:
 
@@ -43,38 +41,28 @@ def memory_by_category(
 
     Args:
         model: unsharded, ``meta`` will do.
-        batch_size, seq_len: of a microbatch, whole rows.
+        core: what its blocks keep of a microbatch, see `core_memory`.
+        n_tokens: of a microbatch on a rank.
         dtype: of compute.
         n_loops, n_backward_loops: the most that a step runs; 0 backward loops for all.
         is_compiled: blocks and loss are.
-        memory_budget: of the mode of that name.
         n_microbatches: per optimizer step.
-        n_documents: that a packed microbatch has room for; 0 for dense rows.
     """
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     blocks = [sum(p.numel() for p in block.parameters()) // layout.n_tensor for block in model.core.blocks]
     shard = -(-n_parameters // layout.n_shards)
     on_device = 0 if layout.cpu_offload else 1
-    # per_visit holds the root, a block at work, and the next one on its way.
-    gathered = n_parameters if layout.loop_reshard != "per_visit" else n_parameters - sum(blocks) + 2 * max(blocks)
     plan = recompute_plan(
         "none" if activation_checkpoint == "memory_budget" else activation_checkpoint, skip_last_loops
     )
-    length = seq_len // layout.n_context
-    core = core_memory(
-        model,
-        batch_size=batch_size,
-        length=length,
-        dtype=dtype,
-        n_documents=n_documents,
-        n_context=layout.n_context,
-        is_compiled=is_compiled,
-        memory_budget=memory_budget if activation_checkpoint == "memory_budget" else 1.0,
-    )
     activations = core.under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
     kept, peak, later = (size // layout.n_tensor for size in activations)
-    vocab, n_tokens = model.head_weight.shape[0] // layout.n_tensor, batch_size * length
+    vocab = model.head_weight.shape[0] // layout.n_tensor
     root = n_parameters - sum(blocks)
+    # per_visit holds the root, a block at work, and the next one on its way; while there is a loss only per_step holds
+    # blocks.
+    gathered = n_parameters if layout.loop_reshard != "per_visit" else root + 2 * max(blocks)
+    gathered_at_loss = gathered if layout.loop_reshard == "per_step" else root
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
@@ -90,14 +78,15 @@ def memory_by_category(
         # A chunk's, and the sum of those before.
         "gradient of the head": head * (1 + (n_tokens > CHUNK)),
     }
-    resident = sum(sizes[name] for name in ("weights", "optimizer state", "gathered parameters"))
+    resident = sizes["weights"] + sizes["optimizer state"]
     before = sizes["whole gradients" if layout.defers_reductions else "gradients"] if n_microbatches > 1 else 0
     in_core = sum(blocks) * dtype.itemsize
     reduced = (root + max(blocks)) * (dtype.itemsize + FP32)
+    at_loss = before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"]
     moments = (
-        before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"],
-        before + peak + head,
-        before + later + head + in_core,
-        sizes["gradients"] + reduced,
+        gathered_at_loss * dtype.itemsize + at_loss,
+        sizes["gathered parameters"] + before + peak + head,
+        sizes["gathered parameters"] + before + later + head + in_core,
+        sizes["gathered parameters"] + sizes["gradients"] + reduced,
     )
     return sizes | {"peak": resident + max(moments)}

@@ -30,7 +30,7 @@ from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.config import ParallelismConfig
-from lt2titan.parallel.fsdp import FSDPPlan, kept_gathered, plan_fsdp, reshard, set_gradient_sync
+from lt2titan.parallel.fsdp import kept_gathered, reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
@@ -312,46 +312,3 @@ def test_every_policy(n_ranks: int, policy: str) -> None:
         if n_ranks % replicate == 0
     ]
     spawn(n_ranks, partial(trains_as_one_process, one_process(), cases))
-
-
-GB = 10**9
-
-
-def plan(**changes: Any) -> FSDPPlan:
-    """1e9 parameters on 8 ranks: 2 GB sharded, 2 GB gathered, 2 GB of gradients, 4 GB more to defer."""
-    arguments: dict[str, Any] = {
-        "loop_reshard": "auto",
-        "defer_reductions": "auto",
-        "n_parameters": GB,
-        "n_shards": 8,
-        "n_ranks": 8,
-        "n_microbatches": 4,
-        "param_dtype": torch.bfloat16,
-        "reduce_dtype": torch.float32,
-        "cpu_offload": False,
-        "device_memory": 80 * GB,
-    }
-    return plan_fsdp(**{**arguments, **changes})
-
-
-def test_auto_follows_memory() -> None:
-    assert plan() == FSDPPlan("per_step", True)
-    assert plan(device_memory=20 * GB) == FSDPPlan("per_step", True)
-    assert plan(device_memory=19 * GB) == FSDPPlan("per_step", False)
-    assert plan(device_memory=12 * GB) == FSDPPlan("per_step", False)
-    assert plan(device_memory=11 * GB) == FSDPPlan("per_pass", False)
-    assert plan(device_memory=9 * GB) == FSDPPlan("per_pass", False)
-    assert plan(device_memory=8 * GB) == FSDPPlan("per_visit", False)
-    # Offloading takes the shards away; fewer shards make them larger.
-    assert plan(device_memory=8 * GB, cpu_offload=True) == FSDPPlan("per_step", False)
-    assert plan(device_memory=20 * GB, n_shards=1, n_ranks=8) == FSDPPlan("per_visit", False)
-
-
-def test_what_is_configured_is_done() -> None:
-    assert plan(loop_reshard="per_visit").loop_reshard == "per_visit"
-    assert plan(loop_reshard="per_step", device_memory=GB).loop_reshard == "per_step"
-    assert plan(defer_reductions="on", device_memory=GB).defers_reductions
-    assert not plan(defer_reductions="off").defers_reductions
-    # Nothing to defer: one microbatch, or one rank.
-    assert not plan(defer_reductions="on", n_microbatches=1).defers_reductions
-    assert not plan(defer_reductions="on", n_ranks=1, n_shards=1).defers_reductions

@@ -12,6 +12,7 @@ import torch
 
 from lt2titan.config.loader import load_config
 from lt2titan.model.init import build_on_meta
+from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.communication_estimate import of_parameters
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import memory_by_category
@@ -34,6 +35,7 @@ MEASURED = [
     ("loop", 4, 1, True, 51.4),
     ("nested", 4, 1, True, 26.2),
     ("memory_budget", 4, 1, True, 78.7),
+    ("selective", 4, 1, False, 100.2),
 ]
 
 
@@ -42,18 +44,25 @@ def test_peak_of_the_1_3b_recipe_as_measured(
     mode: str, batch_size: int, n_microbatches: int, is_compiled: bool, measured_gib: float
 ) -> None:
     model = build_on_meta(load_config(RECIPE).model, "fla")
+    core = core_memory(
+        model,
+        batch_size=batch_size,
+        length=4096,
+        dtype=torch.bfloat16,
+        is_compiled=is_compiled,
+        memory_budget=0.5 if mode == "memory_budget" else 1.0,
+    )
     memory = memory_by_category(
         model,
         ONE_GPU,
-        batch_size=batch_size,
-        seq_len=4096,
+        core,
+        n_tokens=4096 * batch_size,
         dtype=torch.bfloat16,
         activation_checkpoint=mode,
         skip_last_loops=0,
         n_loops=4,
         n_backward_loops=0,
         is_compiled=is_compiled,
-        memory_budget=0.5,
         n_microbatches=n_microbatches,
     )
     assert memory["peak"] / 2**30 == pytest.approx(measured_gib, rel=0.05 if is_compiled else 0.1)
@@ -79,14 +88,17 @@ def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bo
 
 def test_shares_add_up_to_the_whole() -> None:
     model = build_on_meta(load_config(RECIPE).model, "fla")
-    options = {"batch_size": 1, "seq_len": 512, "dtype": torch.bfloat16, "activation_checkpoint": "nested"}
-    options |= {"skip_last_loops": 0, "n_loops": 4, "n_backward_loops": 0}
-    one = memory_by_category(model, ONE_GPU, **options)  # type: ignore[arg-type]
-    many = memory_by_category(model, ONE_GPU._replace(n_shards=16), **options)  # type: ignore[arg-type]
+    core = core_memory(model, batch_size=1, length=512, dtype=torch.bfloat16)
+
+    def memory(layout: Layout) -> dict[str, int]:
+        sizes = {"n_tokens": 512, "skip_last_loops": 0, "n_loops": 4, "n_backward_loops": 0}
+        return memory_by_category(model, layout, core, dtype=torch.bfloat16, activation_checkpoint="nested", **sizes)
+
+    one, many = memory(ONE_GPU), memory(ONE_GPU._replace(n_shards=16))
     for name in ("weights", "gradients", "optimizer state"):
         assert many[name] == pytest.approx(one[name] / 16, rel=1e-6)
     assert many["gathered parameters"] == one["gathered parameters"]
-    offloaded = memory_by_category(model, ONE_GPU._replace(cpu_offload=True), **options)  # type: ignore[arg-type]
+    offloaded = memory(ONE_GPU._replace(cpu_offload=True))
     assert offloaded["weights"] == offloaded["optimizer state"] == 0
 
 

@@ -1,0 +1,147 @@
+"""How a configuration lies over devices; what is "auto" of it is chosen by the memory that a step should need."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from lt2titan.config.job import JobConfig
+from lt2titan.model.lt2 import LT2
+from lt2titan.parallel.activation_memory import CoreMemory, core_memory
+from lt2titan.parallel.layout import Layout
+from lt2titan.parallel.layout_estimate import memory_by_category
+
+logger = logging.getLogger("lt2titan")
+
+USABLE = 0.9
+"""Of a device's memory: the estimate leaves out temporary tensors inside operators and what the allocator wastes, and
+measured peaks are up to a tenth off (docs/benchmarks.md)."""
+
+
+def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dtype, device_memory: int) -> Layout:
+    """Degrees as configured; how long blocks stay gathered and when gradients are reduced, as configured or chosen.
+
+    Chosen is what communicates least of what fits: all-gathers once per step before once per pass before once per
+    visit, then reductions once per step. Blocks count as eager ones; compiled, they keep less.
+
+    Args:
+        model: unsharded, ``meta`` will do.
+        dtype: of compute.
+        device_memory: bytes.
+    """
+    parallelism = config.parallelism
+    n_context, n_replicas = parallelism.context_parallel_degree, parallelism.data_parallel_replicate_degree
+    layout = Layout(
+        n_replicas=n_replicas,
+        n_shards=parallelism.shard_degree(world_size) * n_context,
+        n_context=n_context,
+        n_tensor=parallelism.tensor_parallel_degree,
+        sequence_parallel=parallelism.sequence_parallel,
+        cpu_offload=parallelism.cpu_offload,
+    )
+    core = core_of(config, model, layout, dtype)
+
+    def peak(layout: Layout) -> int:
+        return estimate_memory(config, model, layout, core, dtype)["peak"]
+
+    _, n_microbatches = _microbatches(config, layout)
+    layout = choose(
+        layout,
+        peak,
+        usable=int(USABLE * device_memory),
+        loop_reshard=parallelism.fsdp_loop_reshard,
+        defer_reductions=parallelism.fsdp_defer_reductions,
+        can_defer=n_microbatches > 1 and layout.n_shards * n_replicas > 1,
+    )
+    sizes = estimate_memory(config, model, layout, core, dtype)
+    resident = ("weights", "gradients", "optimizer state", "gathered parameters", "whole gradients", "activations kept")
+    logger.info(
+        "memory per device, estimated: %s; peak %s of %s. fsdp_loop_reshard = %s (%s), reductions %s (%s)",
+        ", ".join(f"{name} {_gib(sizes[name])}" for name in resident),
+        _gib(sizes["peak"]),
+        _gib(device_memory),
+        layout.loop_reshard,
+        "auto" if parallelism.fsdp_loop_reshard == "auto" else "as configured",
+        "deferred to the last microbatch" if layout.defers_reductions else "after every microbatch",
+        parallelism.fsdp_defer_reductions,
+    )
+    if sizes["peak"] > device_memory:
+        logger.warning(
+            "a step is estimated to need %s, and the device has %s: if it runs out of memory, lower "
+            "training.local_batch_size, recompute more (activation_checkpoint.mode), or use more devices",
+            _gib(sizes["peak"]),
+            _gib(device_memory),
+        )
+    return layout
+
+
+def choose(
+    layout: Layout,
+    peak: Callable[[Layout], int],
+    *,
+    usable: int,
+    loop_reshard: str,
+    defer_reductions: str,
+    can_defer: bool,
+) -> Layout:
+    """``layout`` with what is "auto" of the two policies chosen so that its ``peak`` is at most ``usable``, if any is.
+
+    Args:
+        loop_reshard: "auto", "per_step", "per_pass" or "per_visit".
+        defer_reductions: "auto", "on" or "off".
+        can_defer: there are several microbatches, and ranks to reduce over.
+    """
+    policies = ["per_step", "per_pass", "per_visit"] if loop_reshard == "auto" else [loop_reshard]
+    layouts = [layout._replace(loop_reshard=policy) for policy in policies]
+    layout = next((layout for layout in layouts if peak(layout) <= usable), layouts[-1])
+    deferred = layout._replace(defers_reductions=True)
+    if can_defer and (peak(deferred) <= usable if defer_reductions == "auto" else defer_reductions == "on"):
+        return deferred
+    return layout
+
+
+def core_of(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, is_compiled: bool = False) -> CoreMemory:
+    """What the blocks of ``model`` keep of a microbatch."""
+    batch_size, _ = _microbatches(config, layout)
+    recompute = config.activation_checkpoint
+    return core_memory(
+        model,
+        batch_size=batch_size,
+        length=config.training.seq_len // layout.n_context,
+        dtype=dtype,
+        n_documents=batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0,
+        n_context=layout.n_context,
+        is_compiled=is_compiled,
+        memory_budget=recompute.memory_budget if recompute.mode == "memory_budget" else 1.0,
+    )
+
+
+def estimate_memory(
+    config: JobConfig, model: LT2, layout: Layout, core: CoreMemory, dtype: torch.dtype, is_compiled: bool = False
+) -> dict[str, int]:
+    """Bytes per device by category; see `memory_by_category`."""
+    batch_size, n_microbatches = _microbatches(config, layout)
+    return memory_by_category(
+        model,
+        layout,
+        core,
+        n_tokens=batch_size * config.training.seq_len // layout.n_context,
+        dtype=dtype,
+        activation_checkpoint=config.activation_checkpoint.mode,
+        skip_last_loops=config.activation_checkpoint.skip_last_loops,
+        n_loops=config.model.n_loops,
+        n_backward_loops=config.model.loop.backward_loops,
+        is_compiled=is_compiled,
+        n_microbatches=n_microbatches,
+    )
+
+
+def _microbatches(config: JobConfig, layout: Layout) -> tuple[int, int]:
+    """Rows of a microbatch, and microbatches of a step."""
+    return config.training.microbatches(layout.n_replicas * layout.n_shards // layout.n_context)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
