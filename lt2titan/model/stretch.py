@@ -10,7 +10,7 @@ end, the middle or nothing), H heads, K and V head widths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,20 +98,22 @@ def _so_far(x: Tensor, stretch: Stretch) -> Tensor:
     return gather_tokens(rows, stretch.share)[:, : (stretch.share.rank + 1) * rows.shape[1]]
 
 
-def tokens_before(x: Tensor, n: int, stretch: Stretch, cu_seqlens: Tensor | None) -> Tensor:
+def tokens_before(inputs: Sequence[Tensor], n: int, stretch: Stretch, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """The n tokens before each sequence's first one here, oldest first, zeros where the sequence had not begun.
 
-    x (B, L, D), or packed (1, B L, D), with L >= n -> (N, n, D).
+    Each of inputs (B, L, D), or packed (1, B L, D), with L >= n and widths of their own -> (N, n, D); in one gather.
     """
-    tails = gather_ranks(stretch.rows(x)[:, -n:], stretch.share)  # (C, B, n, D)
+    widths = [x.shape[-1] for x in inputs]
+    tails = torch.cat([stretch.rows(x)[:, -n:] for x in inputs], dim=-1)
+    tails = gather_ranks(tails, stretch.share)  # (C, B, n, sum of widths)
     # Rank 0 has no earlier neighbour and all its sequences begin here. It looks at somebody all the same: gradients
     # travel in a collective, which all ranks must join.
     before = tails[stretch.share.rank - 1]
-    age = torch.arange(n, 0, -1, device=x.device)
+    age = torch.arange(n, 0, -1, device=before.device)
     before = torch.where((age <= stretch.n_before.unsqueeze(-1)).unsqueeze(-1), before, 0.0)
-    if cu_seqlens is None:
-        return before
-    return before.new_zeros(cu_seqlens.shape[0] - 1, *before.shape[1:]).index_copy(0, stretch.first, before)
+    if cu_seqlens is not None:
+        before = before.new_zeros(cu_seqlens.shape[0] - 1, *before.shape[1:]).index_copy(0, stretch.first, before)
+    return before.split(widths, dim=-1)
 
 
 def recur_across(

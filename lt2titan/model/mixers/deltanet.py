@@ -50,9 +50,8 @@ class DeltaNet(Mixer):
         self.o_norm = nn.Parameter(torch.empty(self.head_v_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        q = convolve(self.q_proj(x), self.q_conv, context, state, "q_conv", self.backend)
-        k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
-        v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = convolve(self, "qkv", *projections, context=context, state=state)
         beta = sigmoid_beta(self.b_proj(x), self.beta_max)
         # The gated operator with a decay of 1: unlike fla's own delta rule it takes fp32, and it is checked already.
         y = recur(

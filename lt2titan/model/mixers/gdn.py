@@ -57,9 +57,8 @@ class GDN(Mixer):
         self.o_norm = nn.Parameter(torch.empty(self.head_v_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        q = convolve(self.q_proj(x), self.q_conv, context, state, "q_conv", self.backend)
-        k = convolve(self.k_proj(x), self.k_conv, context, state, "k_conv", self.backend)
-        v = convolve(self.v_proj(x), self.v_conv, context, state, "v_conv", self.backend)
+        projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = convolve(self, "qkv", *projections, context=context, state=state)
         y = recur(
             gated_delta_rule,
             l2_norm(q.unflatten(-1, (-1, self.head_k_dim))),

@@ -58,9 +58,9 @@ class Mamba2(Mixer):
         self.o_norm = nn.Parameter(torch.empty(inner_dim))
 
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
-        values = self._convolve("x", self.x_proj(x), context, state).unflatten(-1, (-1, self.head_dim))
-        k = self._groups(self._convolve("b", self.b_proj(x), context, state))
-        q = self._groups(self._convolve("c", self.c_proj(x), context, state))
+        projections = self.x_proj(x), self.b_proj(x), self.c_proj(x)
+        values, b, c = convolve(self, "xbc", *projections, context=context, state=state)
+        values, k, q = values.unflatten(-1, (-1, self.head_dim)), self._groups(b), self._groups(c)
         dt = self.dt_proj(x)
         dt = F.softplus(precise(dt) + precise(local(self.dt_bias)))  # (B, L, H)
         y = recur(
@@ -98,10 +98,6 @@ class Mamba2(Mixer):
     def _splits_groups(self, n_ranks: int) -> bool:
         """Each rank has groups of its own; else each group has ranks of its own."""
         return self.n_groups % n_ranks == 0
-
-    def _convolve(self, name: str, x: Tensor, context: Context, state: State | None) -> Tensor:
-        weight, bias = getattr(self, f"{name}_conv"), getattr(self, f"{name}_conv_bias")
-        return convolve(x, weight, context, state, f"{name}_conv", self.backend, bias)
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
         rows = ["x_proj.weight", "dt_proj.weight", "gate_proj.weight"]

@@ -21,36 +21,36 @@ CHUNK = 64
 """Tokens per chunk that FLOPs of recurrences are counted for."""
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    context: Context,
-    state: State | None,
-    name: str,
-    backend: str,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """silu(weight (D, W) * x (B, L, D) + bias (D,)), a causal depthwise convolution within each document.
+def convolve(mixer: nn.Module, letters: str, *inputs: Tensor, context: Context, state: State | None) -> list[Tensor]:
+    """silu(weight (D, W) * x (B, L, D) + bias (D,)) of each input: causal depthwise convolutions within each document.
 
-    The last W - 1 inputs are read from and written to ``state[name]`` (B, D, W - 1); see `convolution_spec`.
+    Their weights, and biases where they have one, are the mixer's, by ``letters``: q_conv, k_conv and v_conv for "qkv".
+    The last W - 1 inputs are read from and written to ``state["q_conv"]`` (B, D, W - 1); see `convolution_spec`. Those
+    on earlier ranks come in one gather for all.
     """
-    taps = None if state is None else state[name]
+    weights = convolutions(mixer, letters)
+    taps: list[Tensor | None] = [None if state is None else state[name] for name in weights]
     if context.stretch is not None:
-        taps = tokens_before(x, weight.shape[1] - 1, context.stretch, context.cu_seqlens).mT
-    y, final_taps = short_convolution(
-        x,
-        local(weight),
-        bias=None if bias is None else local(bias),
-        initial_state=taps,
-        cu_seqlens=context.cu_seqlens,
-        chunk_indices=context.chunk_indices,
-        activation="silu",
-        return_final_state=state is not None,
-        backend=backend,
-    )
-    if state is not None and final_taps is not None:
-        state[name].copy_(final_taps)
-    return y
+        n = next(iter(weights.values())).shape[1] - 1
+        taps = [x.mT for x in tokens_before(inputs, n, context.stretch, context.cu_seqlens)]
+    outputs = []
+    for x, (name, weight), before in zip(inputs, weights.items(), taps, strict=True):
+        bias = getattr(mixer, f"{name}_bias", None)
+        y, final_taps = short_convolution(
+            x,
+            local(weight),
+            bias=None if bias is None else local(bias),
+            initial_state=before,
+            cu_seqlens=context.cu_seqlens,
+            chunk_indices=context.chunk_indices,
+            activation="silu",
+            return_final_state=state is not None,
+            backend=mixer.backend,  # type: ignore[arg-type]
+        )
+        if state is not None and final_taps is not None:
+            state[name].copy_(final_taps)
+        outputs.append(y)
+    return outputs
 
 
 def recur(

@@ -67,7 +67,7 @@ class RWKV7(Mixer):
     def forward(self, x: Tensor, context: Context, carry: Carry, state: State | None = None) -> tuple[Tensor, Carry]:
         shift = None if state is None else state["shift"]
         if context.stretch is not None:
-            shift = tokens_before(x, 1, context.stretch, context.cu_seqlens)[:, 0]
+            shift = tokens_before([x], 1, context.stretch, context.cu_seqlens)[0][:, 0]
         before, last = token_shift(x, shift, context.cu_seqlens)
         delta = before - x
         r = self.r_proj(x + delta * local(self.x_r))
