@@ -24,7 +24,8 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     """Degrees as configured; how long blocks stay gathered and when gradients are reduced, as configured or chosen.
 
     Chosen is what communicates least of what fits: all-gathers once per step before once per pass before once per
-    visit, then reductions once per step. Blocks count as eager ones; compiled, they keep less.
+    visit, then reductions once per step. Compiled blocks keep less than eager ones, which are measured at once: the
+    compiler is asked, for some seconds, where that could change the choice.
 
     Args:
         model: unsharded, ``meta`` will do.
@@ -41,30 +42,40 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
         sequence_parallel=parallelism.sequence_parallel,
         cpu_offload=parallelism.cpu_offload,
     )
-    core = core_of(config, model, layout, dtype)
-
-    def peak(layout: Layout) -> int:
-        return estimate_memory(config, model, layout, core, dtype)["peak"]
-
     _, n_microbatches = _microbatches(config, layout)
-    layout = choose(
-        layout,
-        peak,
-        usable=int(USABLE * device_memory),
-        loop_reshard=parallelism.fsdp_loop_reshard,
-        defer_reductions=parallelism.fsdp_defer_reductions,
-        can_defer=n_microbatches > 1 and layout.n_shards * n_replicas > 1,
-    )
-    sizes = estimate_memory(config, model, layout, core, dtype)
+    can_defer = n_microbatches > 1 and layout.n_shards * n_replicas > 1
+
+    def chosen(usable: float, is_compiled: bool) -> tuple[Layout, dict[str, int]]:
+        core = core_of(config, model, layout, dtype, is_compiled)
+
+        def sizes(layout: Layout) -> dict[str, int]:
+            return estimate_memory(config, model, layout, core, dtype, is_compiled)
+
+        policies = {
+            "loop_reshard": parallelism.fsdp_loop_reshard,
+            "defer_reductions": parallelism.fsdp_defer_reductions,
+        }
+        best = choose(layout, lambda layout: sizes(layout)["peak"], usable=usable, can_defer=can_defer, **policies)
+        return best, sizes(best)
+
+    usable = USABLE * device_memory
+    (layout, sizes), is_compiled = chosen(usable, is_compiled=False), False
+    if config.compile.enable and (sizes["peak"] > usable or layout != chosen(float("inf"), is_compiled=False)[0]):
+        (layout, sizes), is_compiled = chosen(usable, is_compiled=True), True
     resident = ("weights", "gradients", "optimizer state", "gathered parameters", "whole gradients", "activations kept")
     logger.info(
-        "memory per device, estimated: %s; peak %s of %s. fsdp_loop_reshard = %s (%s), reductions %s (%s)",
+        "memory per device, estimated of %s blocks: %s; peak %s of %s. fsdp_loop_reshard = %s (%s), reductions %s (%s)",
+        "compiled" if is_compiled else "eager",
         ", ".join(f"{name} {_gib(sizes[name])}" for name in resident),
         _gib(sizes["peak"]),
         _gib(device_memory),
         layout.loop_reshard,
         "auto" if parallelism.fsdp_loop_reshard == "auto" else "as configured",
-        "deferred to the last microbatch" if layout.defers_reductions else "after every microbatch",
+        "deferred to the last microbatch"
+        if layout.defers_reductions
+        else "after every microbatch"
+        if can_defer
+        else "nothing to defer",
         parallelism.fsdp_defer_reductions,
     )
     if sizes["peak"] > device_memory:
@@ -81,7 +92,7 @@ def choose(
     layout: Layout,
     peak: Callable[[Layout], int],
     *,
-    usable: int,
+    usable: float,
     loop_reshard: str,
     defer_reductions: str,
     can_defer: bool,

@@ -183,6 +183,6 @@ def dsa_select_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(operator, dtype, f"{what}, earlier keys", batch=2, length=397, decode=True, options=later)
         of_rows = later | {"rows": 2}
         yield Case(operator, dtype, f"{what}, packed rows, earlier keys", documents=ROWS, decode=True, options=of_rows)
-    options = {"top_k": 2048, "local": 64}
+    options = {"top_k": 4096, "local": 64}  # of rows too long to be searched at once, some keys more than can be
     yield Case(operator, dtype, "one token", length=1, decode=True, options={"top_k": 4, "local": 2} | odd)
     yield Case(operator, dtype, "ties, long", length=9000, decode=True, options=options | wide)

@@ -53,7 +53,8 @@ def dplr_delta_rule(
         chunk_indices: `packing.make_chunk_indices(cu_seqlens_on_cpu)` moved to the device; without it the GPU path
             computes it, which synchronises. The reference does not need it.
         return_final_state: also return the state after the last token of every sequence.
-        backend: 'reference' or 'fla', from `backend.resolve_backend`.
+        backend: 'reference' or 'fla', from `backend.resolve_backend`. In fp32, 'fla' runs more than MAX_FP32_VALUES
+            value channels in parts.
 
     Returns:
         (output (B, L, H, V) in v's dtype, final state (N, H, K, V) in fp32 or fp64, or None).

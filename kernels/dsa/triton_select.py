@@ -4,7 +4,8 @@ Scores exist for a chunk of queries at a time (`CHUNK_NUMBERS` of them), as whol
 that just top_k of them reach is found by bisection over its 32 bits, in the registers of one program (`SEARCHED`). A
 longer row is thinned out before: the greatest score of every few neighbouring keys is kept too, and a number that top_k
 of those reach is a lower bound that at least top_k keys reach, and not many more. So long rows are read once, and not
-once per bit. Where scores are so alike that many more reach it, they are.
+once per bit. They are where scores are so alike that many more reach it, and where a document is so short beside its
+row that it has no top_k groups.
 
 Places are written in ascending order, which lets the earlier of equal keys win.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from lt2titan.kernels.dsa.reference import document_starts
 
 CHUNK_NUMBERS = 1 << 26
-"""Scores that exist at a time: 256 MB, whatever the length."""
+"""Scores, groups of keys and candidates that exist at a time: 256 MB, whatever the length."""
 
 TILE_Q, TILE_K, WARPS, STAGES = 64, 128, 4, 3
 """Queries, and keys, of a program that computes scores; its warps; heads of queries that are loaded ahead."""
@@ -265,7 +266,8 @@ def select(
     indices = torch.empty(batch, length, n_slots, dtype=torch.int32, device=q.device)
     searched = min(max(SEARCHED, triton.next_power_of_2(2 * n_slots)), triton.next_power_of_2(key_length))
     is_thinned = key_length > searched
-    chunk = max(1, min(length, CHUNK_NUMBERS // (batch * key_length)))
+    of_query = key_length + (2 * searched if is_thinned else 0)
+    chunk = max(1, min(length, CHUNK_NUMBERS // (batch * of_query)))
 
     def room(*shape: int) -> Tensor:
         return torch.empty(batch, chunk, *shape, dtype=torch.int32, device=q.device)

@@ -11,7 +11,7 @@ from lt2titan.model import attention_mass
 from lt2titan.model.context import Context
 from lt2titan.model.mixers.nsa import NSA
 from lt2titan.model.precision import precise
-from lt2titan.model.stretch import with_earlier_keys
+from lt2titan.model.stretch import rows_so_far
 
 
 def block_selection_figures(
@@ -35,7 +35,8 @@ def block_selection_figures(
     q, k, _ = mixer.heads(x, context)
     layout, size, cu_seqlens_k = context.key_blocks[mixer.block_size], mixer.block_size, context.cu_seqlens
     if context.stretch is not None:
-        k, _ = with_earlier_keys(k, k, context.stretch)
+        (k,) = rows_so_far(k, stretch=context.stretch)
+        k = k if context.cu_seqlens is None else k.flatten(0, 1).unsqueeze(0)  # packed rows go as one
         cu_seqlens_k = context.stretch.cu_seqlens_k
     k_cmp = compress(k, layout, size)
     _, lse = compressed_attention(q, k_cmp, k_cmp, layout, block_size=size, backend=mixer.backend)

@@ -90,7 +90,7 @@ def apply_activation_checkpoint(
     # Read whenever a graph is divided into forward and backward; 1 is torch's own choice. Torch recomputes first what
     # has few FLOPs for its bytes, and operators that it does not know, as recurrences, count for none.
     torch._functorch.config.activation_memory_budget = memory_budget if is_budgeted else 1.0
-    # Tensor parallelism's process groups are inputs of compiled blocks, and torch >= 2.12 asks what they weigh: nothing.
+    # Process groups of tensor parallelism are inputs of compiled blocks. Newer torch asks what they weigh: nothing.
     if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
         torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     details = f", the last {skip_last_loops} loops kept" if skip_last_loops else ""

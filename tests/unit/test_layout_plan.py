@@ -91,3 +91,15 @@ def test_memory_between_two_estimates_decides(recipe: JobConfig, mode: str) -> N
         first = next(policy for policy, needed in peaks.items() if needed <= peak)
         assert planned(recipe, 1.001 * peak / USABLE / 2**30).loop_reshard == first
     assert planned(recipe, 0.999 * peaks["per_visit"] / USABLE / 2**30).loop_reshard == "per_visit"
+
+
+def test_compiled_blocks_are_planned_as_the_compiler_divides_them(
+    recipe: JobConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager, everything would be kept under memory_budget, and not fit."""
+    monkeypatch.setattr(logging.getLogger("lt2titan"), "propagate", True)
+    budget = replace(recipe.activation_checkpoint, mode="memory_budget")
+    compiled = replace(recipe, activation_checkpoint=budget, compile=replace(recipe.compile, enable=True))
+    with caplog.at_level(logging.INFO, "lt2titan"):
+        assert planned(compiled, 139) == Layout(n_shards=8, loop_reshard="per_step", defers_reductions=True)
+    assert "of compiled blocks" in caplog.text and "lower training" not in caplog.text
