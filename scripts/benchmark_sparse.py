@@ -47,7 +47,9 @@ class Arguments:
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 32768, 131072])
     """Tokens of the row."""
     recipe: str = "lt2_1.3b"
-    """Whose widths and mixers' sizes, in train_configs/."""
+    """Whose widths and mixers' sizes."""
+    recipes: Path = RECIPES
+    """Folder of recipes."""
     n_loops: int = 1
     """Passes over the stack."""
     repeats: int = 3
@@ -62,7 +64,7 @@ class Arguments:
 
 def configuration(stack: str, arguments: Arguments) -> ModelConfig:
     """Five layers of the recipe's width; a vocabulary that does not count."""
-    recipe = load_config(RECIPES / f"{arguments.recipe}.toml", []).model
+    recipe = load_config(arguments.recipes / f"{arguments.recipe}.toml", []).model
     common, _, rare = stack.partition("+")
     return replace(
         recipe,
@@ -183,7 +185,7 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        recipe = load_config(RECIPES / f"{arguments.recipe}.toml", []).model
+        recipe = load_config(arguments.recipes / f"{arguments.recipe}.toml", []).model
         for mixer, operators in {"nsa": nsa_operators, "dsa": dsa_operators}.items():
             if not arguments.no_operators and any(mixer in stack.split("+") for stack in arguments.stacks):
                 of_operators += operators(recipe, length, arguments.repeats, device)
