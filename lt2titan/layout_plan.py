@@ -45,23 +45,28 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     _, n_microbatches = _microbatches(config, layout)
     can_defer = n_microbatches > 1 and layout.n_shards * n_replicas > 1
 
-    def chosen(usable: float, is_compiled: bool) -> tuple[Layout, dict[str, int]]:
+    usable = USABLE * device_memory
+    policies = {"loop_reshard": parallelism.fsdp_loop_reshard, "defer_reductions": parallelism.fsdp_defer_reductions}
+
+    def chosen(is_compiled: bool) -> tuple[Layout, dict[str, int], bool]:
+        """The layout, its memory, and whether it is what it would be if there were any amount, and fits."""
         core = core_of(config, model, layout, dtype, is_compiled)
 
         def sizes(layout: Layout) -> dict[str, int]:
             return estimate_memory(config, model, layout, core, dtype, is_compiled)
 
-        policies = {
-            "loop_reshard": parallelism.fsdp_loop_reshard,
-            "defer_reductions": parallelism.fsdp_defer_reductions,
-        }
-        best = choose(layout, lambda layout: sizes(layout)["peak"], usable=usable, can_defer=can_defer, **policies)
-        return best, sizes(best)
+        def peak(layout: Layout) -> int:
+            return sizes(layout)["peak"]
 
-    usable = USABLE * device_memory
-    (layout, sizes), is_compiled = chosen(usable, is_compiled=False), False
-    if config.compile.enable and (sizes["peak"] > usable or layout != chosen(float("inf"), is_compiled=False)[0]):
-        (layout, sizes), is_compiled = chosen(usable, is_compiled=True), True
+        best = choose(layout, peak, usable=usable, can_defer=can_defer, **policies)
+        wanted = choose(layout, peak, usable=float("inf"), can_defer=can_defer, **policies)
+        return best, sizes(best), best == wanted and peak(best) <= usable
+
+    is_compiled = False
+    planned, sizes, is_settled = chosen(is_compiled)
+    if config.compile.enable and not is_settled:
+        is_compiled = True
+        planned, sizes, _ = chosen(is_compiled)
     resident = ("weights", "gradients", "optimizer state", "gathered parameters", "whole gradients", "activations kept")
     logger.info(
         "memory per device, estimated of %s blocks: %s; peak %s of %s. fsdp_loop_reshard = %s (%s), reductions %s (%s)",
@@ -69,10 +74,10 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
         ", ".join(f"{name} {_gib(sizes[name])}" for name in resident),
         _gib(sizes["peak"]),
         _gib(device_memory),
-        layout.loop_reshard,
+        planned.loop_reshard,
         "auto" if parallelism.fsdp_loop_reshard == "auto" else "as configured",
         "deferred to the last microbatch"
-        if layout.defers_reductions
+        if planned.defers_reductions
         else "after every microbatch"
         if can_defer
         else "nothing to defer",
@@ -85,7 +90,7 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
             _gib(sizes["peak"]),
             _gib(device_memory),
         )
-    return layout
+    return planned
 
 
 def choose(
