@@ -23,7 +23,7 @@ train: setup
 
 test: setup
 	$(python) -m pytest -m "not wide"
-	$(interpreted)
+	$(interpreted) -m "not wide"
 
 test-all: setup
 	$(python) -m pytest

@@ -135,6 +135,7 @@ def test_two_ranks_against_one() -> None:
     run(2, partial(in_turn, works))
 
 
+@pytest.mark.wide
 def test_four_ranks_against_one() -> None:
     run(4, partial(in_turn, [four_stretches, with_fsdp_and_tensor_parallelism, bytes_beside_tensor_parallelism]))
 

@@ -31,9 +31,9 @@ MEASURED = [
     ("none", 2, 4, False, 97.6),
     ("block", 4, 1, True, 27.5),
     ("selective", 4, 1, True, 89.7),
-    ("none", 2, 1, True, 79.8),
-    ("loop", 4, 1, True, 51.4),
-    ("nested", 4, 1, True, 26.2),
+    pytest.param("none", 2, 1, True, 79.8, marks=pytest.mark.wide),
+    pytest.param("loop", 4, 1, True, 51.4, marks=pytest.mark.wide),
+    pytest.param("nested", 4, 1, True, 26.2, marks=pytest.mark.wide),
     ("memory_budget", 4, 1, True, 78.7),
     ("selective", 4, 1, False, 100.2),
 ]
