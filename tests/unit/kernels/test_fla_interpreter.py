@@ -141,7 +141,7 @@ def test_nsa_of_equally_probable_blocks_takes_the_older_as_the_reference_does() 
     ]  # own 14, previous 13, best 4, then 6 and 7, oldest
 
 
-@pytest.mark.parametrize(("n_stretches", "packed"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("n_stretches", "packed"), [pytest.param(2, False, marks=pytest.mark.wide), (4, True)])
 def test_nsa_of_stretches_of_rows_is_that_of_the_rows(n_stretches: int, packed: bool) -> None:
     check_stretches(FP32, "fla", n_stretches, packed, tolerance=1e-5)
 
