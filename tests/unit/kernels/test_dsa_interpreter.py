@@ -22,7 +22,15 @@ if importlib.util.find_spec("triton") is None:
 
 import dsa_truth
 
-from lt2titan.kernels.dsa import dsa_attention, dsa_indexer_kl, dsa_select, inverse, triton_kl_dense, triton_select
+from lt2titan.kernels.dsa import (
+    dsa_attention,
+    dsa_indexer_kl,
+    dsa_select,
+    inverse,
+    triton_kl_dense,
+    triton_scores,
+    triton_select,
+)
 from lt2titan.kernels.dsa.operators import attend, indexer_kl, select
 
 # Rows, queries and keys of each, and documents over the keys of all rows.
@@ -59,8 +67,9 @@ def draw_tokens(shape: str, n_heads: int, n_kv: int) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them in a short row."""
-    monkeypatch.setattr(triton_select, "TILE_Q", 16)
-    monkeypatch.setattr(triton_select, "TILE_K", 16)
+    monkeypatch.setattr(triton_scores, "TILE_Q", 16)
+    monkeypatch.setattr(triton_scores, "TILE_K", 16)
+    monkeypatch.setattr(triton_scores, "COLUMNS", 32)
     monkeypatch.setattr(triton_kl_dense, "BLOCK", 16)
 
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from lt2titan.kernels import nsa
-from lt2titan.kernels.dsa import triton_select
+from lt2titan.kernels.dsa import triton_scores, triton_select
 from lt2titan.kernels.nsa import compressed_triton, selected_triton
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -91,8 +91,9 @@ def test_kernels_compile_for_hopper(
 def test_selection_compiles_for_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a row that is too long to be searched at once."""
     shared: dict[str, int] = {}
-    for name in [name for name in vars(triton_select) if name.endswith("_kernel")]:
-        monkeypatch.setattr(triton_select, name, Launched(getattr(triton_select, name), shared))
+    for module in (triton_scores, triton_select):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launched(getattr(module, name), shared))
     monkeypatch.setattr(triton_select, "CHUNK_NUMBERS", 1 << 27)  # one chunk
     q, k, w = (torch.zeros(1, 9000, *sizes, dtype=dtype) for sizes in ((8, 64), (64,), (8,)))  # the 1.3B model
     triton_select.select(q, k, w, None, 2048, True, 64)
