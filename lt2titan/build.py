@@ -6,11 +6,10 @@ import torch
 
 from lt2titan.config.job import JobConfig
 from lt2titan.kernels.backend import resolve_backend
-from lt2titan.layout_plan import plan_layout
+from lt2titan.layout_plan import convert_to_float8, plan_layout
 from lt2titan.metrics.hardware import device_memory
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.parallel.float8 import plan_float8
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
@@ -34,6 +33,7 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
     param_dtype = getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
     world_size = dims.replicate * dims.shard * dims.context * dims.tensor
+    convert_to_float8(config, model, world_size, device)
     layout = plan_layout(config, model, world_size, param_dtype, memory)
     parallelize(
         model,
@@ -48,13 +48,5 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
         cpu_offload=config.parallelism.cpu_offload,
         sequence_parallel=config.parallelism.sequence_parallel,
         context_parallel_attention=config.parallelism.context_parallel_attention,
-        float8=plan_float8(
-            config.float8,
-            device=device,
-            compiled=config.compile.enable,
-            n_tensor=dims.tensor,
-            cpu_offload=config.parallelism.cpu_offload,
-            n_tokens=config.training.microbatches(dims.dp_size)[0] * config.training.seq_len // dims.context,
-        ),
     )
     return model, layout

@@ -10,6 +10,7 @@ import torch
 from lt2titan.config.job import JobConfig
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_memory import CoreMemory, core_memory
+from lt2titan.parallel.float8 import apply_float8, plan_float8
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import memory_by_category
 
@@ -20,6 +21,31 @@ USABLE = 0.9
 measured peaks are up to a tenth off (docs/benchmarks.md)."""
 
 
+def convert_to_float8(config: JobConfig, model: LT2, world_size: int, device: torch.device | None = None) -> None:
+    """Apply ``[float8]``, if it asks for anything, to ``model``, on ``meta``, in place. Comes first: what a layout
+    needs is measured of the blocks that will be trained.
+
+    Args:
+        device: that must be able to run it; None for an estimate, which asks for none.
+
+    Raises:
+        ConfigError: see `plan_float8` and `apply_float8`.
+    """
+    parallelism, training = config.parallelism, config.training
+    batch_size, _ = training.microbatches(parallelism.data_parallel_size(world_size))
+    n_tensor = parallelism.tensor_parallel_degree
+    plan = plan_float8(
+        config.float8,
+        device=device,
+        compiled=config.compile.enable,
+        n_tensor=n_tensor,
+        cpu_offload=parallelism.cpu_offload,
+        n_tokens=batch_size * training.seq_len // parallelism.context_parallel_degree,
+    )
+    if plan is not None:
+        apply_float8(model, plan, n_tensor)
+
+
 def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dtype, device_memory: int) -> Layout:
     """Degrees as configured; how long blocks stay gathered and when gradients are reduced, as configured or chosen.
 
@@ -28,7 +54,7 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     compiler is asked, for some seconds, where that could change the choice.
 
     Args:
-        model: unsharded, ``meta`` will do.
+        model: unsharded, ``meta`` will do; in float8 already, if it will be trained so (`convert_to_float8`).
         dtype: of compute.
         device_memory: bytes.
     """

@@ -17,7 +17,7 @@ from rich.table import Table
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
 from lt2titan.config.section import ConfigError
-from lt2titan.layout_plan import core_of, estimate_memory, plan_layout
+from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory, plan_layout
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
@@ -62,15 +62,18 @@ def estimate(config: JobConfig) -> dict[str, Any]:
     }
 
 
-def estimate_layout(config: JobConfig, world_size: int) -> dict[str, Any]:
-    """Memory per device by category and communication per step on ``world_size`` GPUs. Attention is taken to gather
-    keys (parallelism.context_parallel_attention = "ring" takes less)."""
+def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) -> dict[str, Any]:
+    """Memory per device by category and communication per step on ``world_size`` GPUs of ``device_memory`` bytes (0:
+    as comm.device_memory_gib says). Attention is taken to gather keys (parallelism.context_parallel_attention = "ring"
+    takes less)."""
     config.validate_layout(world_size)
     model = build_on_meta(config.model, "reference" if config.kernels.backend == "reference" else "fla")
     precision, is_compiled = config.training.mixed_precision_param, config.compile.enable
     dtype = torch.bfloat16 if precision == "auto" else getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    layout = plan_layout(config, model, world_size, dtype, int(config.comm.device_memory_gib * 2**30))
+    convert_to_float8(config, model, world_size)
+    device_memory = device_memory or int(config.comm.device_memory_gib * 2**30)
+    layout = plan_layout(config, model, world_size, dtype, device_memory)
     core = core_of(config, model, layout, dtype)
     as_compiled = core_of(config, model, layout, dtype, is_compiled=True) if is_compiled else core
     memory = estimate_memory(config, model, layout, as_compiled, dtype, is_compiled)

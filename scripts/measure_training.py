@@ -25,6 +25,7 @@ from torch._dynamo.utils import get_compilation_metrics
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
 from lt2titan.kernels.backend import backend_versions
+from lt2titan.metrics.hardware import device_memory
 from lt2titan.metrics.logging import init_logging
 from lt2titan.metrics.metrics_logger import METRICS_FILE
 from lt2titan.metrics.trace_summary import read_trace, summarize
@@ -155,9 +156,9 @@ def main() -> None:
             is_profiled=arguments.profile,
             folder=folder,
         )
-        predicted = estimate_layout(config, 1)["memory_bytes"]["peak"]
-        n_before = len(get_compilation_metrics())  # the estimate of compiled blocks compiles a little too
         with process_group() as device:
+            predicted = estimate_layout(config, 1, device_memory(device))["memory_bytes"]["peak"]
+            n_before = len(get_compilation_metrics())  # the estimate of compiled blocks compiles a little too
             name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
             result = {
                 "device": name,

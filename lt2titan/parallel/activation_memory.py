@@ -6,6 +6,9 @@ keep of it is counted; the modes are sums of these counts over layers and loops.
 Compiled blocks keep less than eager ones: torch.compile computes cheap operators again by itself. They are divided into
 forward and backward passes as for a GPU (parallel/compiled_memory.py), and counted in the same way.
 
+Maps in float8 (parallel/float8.py) keep their input as it is when eager, as any others; compiled, mostly its cast, of
+one byte per number. Weights are in the form that FSDP2 gathers; what a visit makes of them and keeps counts.
+
 Counted: tensors saved for the backward pass, each storage once, with the inputs of the blocks and the tensors that all
 blocks share (positions, rotary tables, layouts of key blocks). Not counted: weights, what stands outside the core
 (embedding, final norm, logits), gradients, workspaces and temporaries inside operators.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from lt2titan.kernels.nsa.layout import block_layout
@@ -41,6 +44,7 @@ from lt2titan.model.shares import Share
 from lt2titan.model.stretch import find_stretch
 from lt2titan.parallel.activation_checkpoint import SELECTIVE, is_kept
 from lt2titan.parallel.compiled_memory import saved_by_compiled
+from lt2titan.parallel.float8 import zeros_as_gathered
 
 
 class ActivationMemory(NamedTuple):
@@ -148,7 +152,7 @@ def core_memory(
     memory_budget: float = 1.0,
 ) -> CoreMemory:
     """Measure the blocks of ``model``, which may be on ``meta`` but not sharded, for rows (batch_size, length) that are
-    computed in ``dtype``.
+    computed in ``dtype``. If maps are to be in float8, they have to be so already.
 
     Args:
         n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
@@ -197,17 +201,19 @@ def _visit(
     known: dict[Any, BlockMemory],
     measure: Callable[..., BlockMemory],
 ) -> BlockMemory:
-    block, window, reuses = core.blocks[layer], core.window(loop), core.reuses_selection(loop)
+    block: Block = core.blocks[layer]
+    window, reuses = core.window(loop), core.reuses_selection(loop)
     shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+    kinds = tuple(type(module) for module in block.modules())  # a mixer's, and which maps are in float8
     way = window if isinstance(block.mixer, Full) else reuses if isinstance(block.mixer, DSA) else None
-    key = (type(block.mixer), shapes, way)
+    key = (kinds, shapes, way)
     if key not in known:
-        known[key] = measure(block, h, replace(context, window=window, reuses_selection=reuses), carry)
+        fake = deepcopy(block, {id(p): zeros_as_gathered(p, h.dtype) for p in block.parameters()})
+        known[key] = measure(fake, h, replace(context, window=window, reuses_selection=reuses), carry)
     return known[key]
 
 
 def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> BlockMemory:
-    parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
     saved: list[Tensor] = []
     selected, gathered = _Outputs(is_kept), _Outputs(_gathers)
 
@@ -217,8 +223,8 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
 
     like_gpu = nullcontext() if block.mixer.backend == "reference" else _FusedNorms()
     with saved_tensors_hooks(keep, lambda t: t), selected, gathered, like_gpu:
-        y, written = functional_call(block, parameters, (h, context, carry))
-    given = _storages([h, y, *carry.values(), *tree_leaves(_shared(context)), *parameters.values()])
+        y, written = block(h, context, carry)
+    given = _storages([h, y, *carry.values(), *tree_leaves(_shared(context)), *block.parameters()])
     of_autograd = {key: n for key, n in _storages(saved).items() if key not in given}
     of_policy = {key: n for key, n in _storages(selected.tensors).items() if key not in given}
     of_carry = {key: n for key, n in _storages(written.values()).items() if key not in given}
@@ -246,11 +252,10 @@ def _compiled_block_memory(
 ) -> BlockMemory:
     """What mode selective computes again within a graph counts as the difference to what is saved without it."""
     eager = _block_memory(block, h, context, carry)
-    parameters = {name: torch.zeros(p.shape, dtype=h.dtype, requires_grad=True) for name, p in block.named_parameters()}
-    given = _storages([h, *carry.values(), *tree_leaves(_shared(context)), *parameters.values()])
+    given = _storages([h, *carry.values(), *tree_leaves(_shared(context)), *block.parameters()])
 
     def n_saved(**options: Any) -> int:
-        saved = saved_by_compiled(block, parameters, h, context, carry, **options)
+        saved = saved_by_compiled(block, h, context, carry, **options)
         return sum(n for key, n in _storages(saved).items() if key not in given)
 
     saved, selected = n_saved(memory_budget=memory_budget), n_saved(recompute=SELECTIVE)
@@ -303,8 +308,17 @@ def _shared(context: Context) -> list[Any]:
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes of each storage under ``tensors``, which must be alive."""
-    storages = (t.untyped_storage() for t in tensors if isinstance(t, Tensor))
+    plain = (part for t in tensors if isinstance(t, Tensor) for part in _parts(t))
+    storages = (t.untyped_storage() for t in plain)
     return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Itself, or what a wrapper such as float8's consists of: numbers and their scale."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _bytes(tensors: Iterable[Any]) -> int:

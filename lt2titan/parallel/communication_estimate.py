@@ -13,6 +13,7 @@ import torch
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.recompute import RecomputePlan
 from lt2titan.parallel.activation_memory import CoreMemory
+from lt2titan.parallel.float8 import gathered_bytes
 from lt2titan.parallel.layout import Layout
 
 
@@ -35,7 +36,8 @@ def of_parameters(
     visits = {"per_step": 1, "per_pass": m + 1, "per_visit": 2 * n_loops * m}[layout.loop_reshard]
     root_visits = m if layout.loop_reshard == "per_visit" else 1
     gathers = visits * n_blocks + root_visits
-    gathered = (visits * in_core + root_visits * root) * dtype.itemsize
+    core_bytes = sum(gathered_bytes(block.parameters(), dtype) for block in model.core.blocks) // layout.n_tensor
+    gathered = visits * core_bytes + root_visits * root * dtype.itemsize
     # Deferred, a block that is visited several times is reduced twice (see parallel/fsdp.py).
     again = 2 if n_loops > 1 else 1
     rounds = (again, 1) if layout.defers_reductions else (m, m)

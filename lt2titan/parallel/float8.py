@@ -8,7 +8,7 @@ weight again, forward and backward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -39,11 +39,18 @@ class Float8Plan:
 
 
 def plan_float8(
-    section: Float8Config, *, device: torch.device, compiled: bool, n_tensor: int, cpu_offload: bool, n_tokens: int
+    section: Float8Config,
+    *,
+    device: torch.device | None,
+    compiled: bool,
+    n_tensor: int,
+    cpu_offload: bool,
+    n_tokens: int,
 ) -> Float8Plan | None:
     """What to apply; None for none.
 
     Args:
+        device: that must be able to run it; None asks for none.
         n_tensor: ranks over which tensor parallelism splits the maps.
         n_tokens: of a microbatch on one rank.
 
@@ -56,7 +63,8 @@ def plan_float8(
     if find_spec("torchao") is None:
         raise ConfigError("float8.recipe", recipe, 'needs torchao: pip install "torchao>=0.17", or set it to "none"')
     if not section.emulate:
-        _check_device(section, device, compiled)
+        if device is not None:
+            _check_device(section, device, compiled)
         if n_tokens % MULTIPLE and recipe != "rowwise_with_gw_hp":
             reason = (
                 f"a microbatch has {n_tokens} tokens per rank (local_batch_size x seq_len / context ranks) and "
@@ -142,6 +150,25 @@ def update_scales(model: nn.Module) -> None:
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
     precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def gathered_bytes(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> int:
+    """What FSDP2 gathers of ``parameters`` where it computes in ``dtype``."""
+    return sum(p.numel() * (1 if _is_gathered_in_float8(p) else dtype.itemsize) for p in parameters)
+
+
+def zeros_as_gathered(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """As a block's forward pass meets it: zeros of ``parameter``'s shape in ``dtype``, or in float8 with a scale."""
+    if not _is_gathered_in_float8(parameter):
+        return nn.Parameter(torch.zeros(parameter.shape, dtype=dtype))
+    data = torch.zeros(parameter.shape, dtype=torch.float8_e4m3fn)
+    weight, _ = parameter.fsdp_post_all_gather((data,), (torch.ones(()),), dtype)  # type: ignore[attr-defined]
+    return nn.Parameter(weight)
+
+
+def _is_gathered_in_float8(parameter: nn.Parameter) -> bool:
+    """Whether it is in torchao's wrapper, which tells FSDP2 by this method what to gather."""
+    return hasattr(parameter, "fsdp_pre_all_gather")
 
 
 def _qualifying(model: LT2, plan: Float8Plan, n_tensor: int) -> Iterator[tuple[str, Linear]]:

@@ -8,6 +8,7 @@ from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import CoreMemory
+from lt2titan.parallel.float8 import gathered_bytes
 from lt2titan.parallel.layout import Layout
 
 FP32 = 4
@@ -61,8 +62,10 @@ def memory_by_category(
     root = n_parameters - sum(blocks)
     # per_visit holds the root, a block at work, and the next one on its way; while there is a loss only per_step holds
     # blocks.
-    gathered = n_parameters if layout.loop_reshard != "per_visit" else root + 2 * max(blocks)
-    gathered_at_loss = gathered if layout.loop_reshard == "per_step" else root
+    gathered_blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
+    gathered_root = root * dtype.itemsize
+    in_blocks = sum(gathered_blocks) if layout.loop_reshard != "per_visit" else 2 * max(gathered_blocks)
+    gathered_at_loss = gathered_root + (in_blocks if layout.loop_reshard == "per_step" else 0)
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
@@ -70,7 +73,7 @@ def memory_by_category(
         "weights": shard * FP32 * on_device,
         "gradients": shard * FP32 * on_device,
         "optimizer state": 2 * shard * FP32 * on_device,
-        "gathered parameters": gathered * dtype.itemsize,
+        "gathered parameters": gathered_root + in_blocks,
         "whole gradients": n_parameters * (FP32 if layout.defers_reductions else dtype.itemsize),
         "activations kept": kept,
         "activations in backward": peak,
@@ -84,7 +87,7 @@ def memory_by_category(
     reduced = (root + max(blocks)) * (dtype.itemsize + FP32)
     at_loss = before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"]
     moments = (
-        gathered_at_loss * dtype.itemsize + at_loss,
+        gathered_at_loss + at_loss,
         sizes["gathered parameters"] + before + peak + head,
         sizes["gathered parameters"] + before + later + head + in_core,
         sizes["gathered parameters"] + sizes["gradients"] + reduced,

@@ -8,7 +8,6 @@ from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from lt2titan.parallel.compile import apply_compile
 from lt2titan.parallel.context_parallel import apply_context_parallel
-from lt2titan.parallel.float8 import Float8Plan, apply_float8
 from lt2titan.parallel.fsdp import apply_fsdp
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.tensor_parallel import apply_tensor_parallel
@@ -28,15 +27,12 @@ def parallelize(
     cpu_offload: bool = False,
     sequence_parallel: bool = True,
     context_parallel_attention: str = "gather",
-    float8: Float8Plan | None = None,
 ) -> None:
-    """Lay ``model`` out in place, in an order that matters: float8 first, because it exchanges modules; tensor
-    parallelism while parameters are plain; context parallelism, which touches no parameter, with it, as both change
-    what a block exchanges; checkpointing before FSDP, so that what is recomputed runs inside the module that FSDP keeps
-    gathered; compilation after checkpointing, which graphs may contain, and before FSDP, whose collectives stay outside
-    of graphs."""
-    if float8 is not None:
-        apply_float8(model, float8, dims.tensor)
+    """Lay ``model`` out in place, in an order that matters: float8 (`apply_float8`) before all of it, because it
+    exchanges modules; tensor parallelism while parameters are plain; context parallelism, which touches no parameter,
+    with it, as both change what a block exchanges; checkpointing before FSDP, so that what is recomputed runs inside
+    the module that FSDP keeps gathered; compilation after checkpointing, which graphs may contain, and before FSDP,
+    whose collectives stay outside of graphs."""
     if dims.tensor > 1:
         apply_tensor_parallel(model, dims.mesh["tensor"], sequence_parallel)
     if dims.context_mesh is not None:

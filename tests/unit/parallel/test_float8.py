@@ -15,28 +15,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 pytest.importorskip("torchao", reason="float8 needs torchao")
 
 import torchao.float8.float8_linear
 import torchao.float8.fsdp_utils
-from torchao.float8.float8_training_tensor import GemmInputRole
+from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole
 
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.checkpoint.state import model_tensors, optimizer_tensors
 from lt2titan.config.section import ConfigError
 from lt2titan.model.config import HybridConfig, ModelConfig
+from lt2titan.model.head import chunk_loss_sum
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.layers import Linear
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.config import FullConfig, GDNConfig, KDAConfig, MixersConfig
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.parallel.activation_checkpoint import recompute_plan
+from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.config import Float8Config, ParallelismConfig
-from lt2titan.parallel.float8 import Float8Plan, apply_float8, plan_float8, update_scales
+from lt2titan.parallel.float8 import Float8Plan, apply_float8, gathered_bytes, plan_float8, update_scales
 from lt2titan.parallel.float8_linear import Float8Linear
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.mesh import ParallelDims
@@ -75,10 +81,12 @@ def build(
     *,
     model_config: ModelConfig | None = None,
     replicas: int = 1,
-    compile_backend: str = "",
+    compile_backend: Any = "",
 ) -> LT2:
     """Laid out over all ranks of the process group."""
     model = build_on_meta(model_config or config(n_loops), "reference")
+    if plan is not None:
+        apply_float8(model, plan)
     dims = ParallelDims.build(ParallelismConfig(data_parallel_replicate_degree=replicas), "cpu")
     parallelize(
         model,
@@ -87,7 +95,6 @@ def build(
         reduce_dtype=torch.float32,
         activation_checkpoint="none",
         compile_backend=compile_backend,
-        float8=plan,
     )
     materialise(model, CPU, seed=3)
     if plan is not None and plan.all_gather:
@@ -283,6 +290,63 @@ def test_scales_follow_the_weights() -> None:
             parameter.mul_(3.0)
     found, expected = gradients(model, microbatches()), gradients(fresh, microbatches())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def inductor_without_kernels(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """As a backend: its graphs as they are before kernels are made of them, which takes the most time."""
+    return compile_fx(graph, inputs, inner_compile=lambda graph, inputs, **options: make_boxed_func(graph))
+
+
+@pytest.mark.parametrize(
+    ("plan", "backend"),
+    [
+        *((plan, "") for plan in (TENSORWISE, GATHERED, ROWWISE)),
+        (GATHERED, inductor_without_kernels),
+        pytest.param(TENSORWISE, inductor_without_kernels, marks=pytest.mark.wide),
+        pytest.param(ROWWISE, inductor_without_kernels, marks=pytest.mark.wide),
+        pytest.param(GATHERED, "inductor", marks=pytest.mark.wide),
+    ],
+)
+def test_what_is_kept_is_as_predicted(plan: Float8Plan, backend: Any) -> None:
+    """Tensors that autograd saves, byte for byte."""
+    shallow = replace(config(n_loops=1), n_layers=1, mixer="full", hybrid=HybridConfig())
+    model = build_on_meta(shallow, "reference")
+    apply_float8(model, plan)
+    sizes = core_memory(model, batch_size=2, length=64, dtype=torch.float32, is_compiled=bool(backend))
+    torch._dynamo.reset()
+    model = build(plan, model_config=shallow, compile_backend=backend)
+    model.chunk_loss = chunk_loss_sum  # is nothing that is measured
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    inputs: list[Any] = []
+    model.core.register_forward_pre_hook(lambda core, arguments: inputs.extend(arguments[:2]))
+    model(tokens, targets=tokens)  # compiles
+    h, context = inputs
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        model.core(h, context)
+    weights = storages(list(model.core.parameters()))
+    kept = {key: size for key, size in storages(saved).items() if key not in weights}
+    positions = context.positions.nbytes  # which autograd does not need
+    assert sizes.under(recompute_plan("none", 0)).kept == sum(kept.values()) + positions
+    torch._dynamo.reset()
+
+
+def test_what_is_gathered_is_as_predicted() -> None:
+    planned = build_on_meta(config(), "reference")
+    apply_float8(planned, GATHERED)
+    model = build(GATHERED)
+    model(microbatches()[0])  # blocks stay gathered
+    weights = [w._data if isinstance(w, Float8TrainingTensor) else w for w in model.core.blocks.parameters()]
+    assert sum(w.nbytes for w in weights) == gathered_bytes(planned.core.blocks.parameters(), torch.float32)
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes of each storage, those inside of float8's wrapper too."""
+    plain = [part for t in tensors for part in ([t._data, t._scale] if isinstance(t, Float8TrainingTensor) else [t])]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in plain}
 
 
 # --- which maps -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lt2titan.config.loader import load_config
+from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory
 from lt2titan.model.init import build_on_meta
 from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.communication_estimate import of_parameters
@@ -66,6 +67,34 @@ def test_peak_of_the_1_3b_recipe_as_measured(
         n_microbatches=n_microbatches,
     )
     assert memory["peak"] / 2**30 == pytest.approx(measured_gib, rel=0.05 if is_compiled else 0.1)
+
+
+# Compiled, in float8: (recipe, mode, sequences, measured GiB).
+MEASURED_FLOAT8 = [
+    ("tensorwise", "none", 2, 70.4),
+    ("tensorwise", "selective", 4, 88.6),
+    ("tensorwise", "loop", 4, 46.0),
+    ("tensorwise", "nested", 4, 25.1),
+    ("tensorwise", "block", 4, 26.3),
+    ("tensorwise", "memory_budget", 4, 71.2),
+    ("rowwise", "selective", 4, 89.7),
+]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("recipe", "mode", "batch_size", "measured_gib"), MEASURED_FLOAT8)
+def test_peak_of_the_1_3b_recipe_in_float8_as_measured(
+    recipe: str, mode: str, batch_size: int, measured_gib: float
+) -> None:
+    pytest.importorskip("torchao", reason="float8 needs torchao")
+    sizes = [f"--training.{name}_batch_size={batch_size}" for name in ("local", "global")]
+    options = ["--compile.enable", f"--activation_checkpoint.mode={mode}", f"--float8.recipe={recipe}", *sizes]
+    config = load_config(RECIPE, options)
+    model = build_on_meta(config.model, "fla")
+    convert_to_float8(config, model, 1)
+    core = core_of(config, model, ONE_GPU, torch.bfloat16, is_compiled=True)
+    memory = estimate_memory(config, model, ONE_GPU, core, torch.bfloat16, is_compiled=True)
+    assert memory["peak"] / 2**30 == pytest.approx(measured_gib, rel=0.05)
 
 
 @pytest.mark.parametrize(
