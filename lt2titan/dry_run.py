@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from lt2titan.build import lay_out
 from lt2titan.config.job import JobConfig
-from lt2titan.model.flops import count_parameters
+from lt2titan.layout_plan import convert_to_float8
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.lt2 import LT2
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
+from lt2titan.parallel.layout_estimate import gathered_parameters
 from lt2titan.parallel.mesh import ParallelDims
 
 logger = logging.getLogger("lt2titan")
@@ -63,10 +64,12 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         config = replace(config, compile=replace(config.compile, enable=False))
         if config.activation_checkpoint.mode == "memory_budget":  # it is torch.compile that keeps it
             config = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode="none"))
-    itemsize = getattr(torch, config.training.mixed_precision_param).itemsize
+    if config.float8.recipe != "none":
+        logger.info("dry run: products in float8 are emulated")
+        config = replace(config, float8=replace(config.float8, emulate=True))
+    dtype = getattr(torch, config.training.mixed_precision_param)
     dims = ParallelDims.build(config.parallelism, "cpu")
     n_rows, _ = config.training.microbatches(dims.dp_size)
-    whole = count_parameters(build_on_meta(config.model, "reference"))
     model, layout = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
     with FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
         model.to_empty(device=CPU)
@@ -82,17 +85,18 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
-    on_rank = whole.total // dims.tensor
-    blocks = [n // dims.tensor for n in whole.blocks]
-    gathered = on_rank if layout.loop_reshard != "per_visit" else on_rank - sum(blocks) + 2 * max(blocks)
+    whole = build_on_meta(config.model, "reference")
+    n_parameters = sum(p.numel() for p in whole.parameters())
+    on_rank = n_parameters // dims.tensor
+    convert_to_float8(config, whole, dims.replicate * dims.shard * dims.context * dims.tensor)
     return {
-        "parameters": whole.total,
+        "parameters": n_parameters,
         "parameters per rank": sum(w.numel() for w in weights),
         "weights": _n_bytes(weights),
         "gradients": _n_bytes(gradients),
         "optimizer state": _n_bytes(moments),
-        "gathered parameters": gathered * itemsize,
-        "whole gradients": on_rank * itemsize,
+        "gathered parameters": sum(gathered_parameters(whole, layout, dtype)),
+        "whole gradients": on_rank * dtype.itemsize,
         "kept gradients": on_rank * 4 if layout.defers_reductions else 0,
         "saved activations": saved,
     }

@@ -29,12 +29,12 @@ def main() -> None:
     config = parse_arguments(sys.argv[1:], int(started) if started else world_size_from_environment())
     rank = int(os.environ.get("RANK", "0"))
     logger = init_logging()
-    if config.comm.mode == "fake_backend":
-        show_dry_run(config, world_size_from_environment())
-        return
     if config.debug.deterministic:  # cuBLAS reads it once, when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
+        if config.comm.mode == "fake_backend":
+            show_dry_run(config, world_size_from_environment())
+            return
         with process_group() as device, Trainer(config, device) as trainer:
             trainer.train()
     except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError, RecompileError) as error:

@@ -14,6 +14,15 @@ from lt2titan.parallel.layout import Layout
 FP32 = 4
 
 
+def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks':
+    under per_visit of one at work and of the next one on its way."""
+    n_root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.core.blocks.parameters())
+    blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
+    in_blocks = 2 * max(blocks) if layout.loop_reshard == "per_visit" else sum(blocks)
+    return n_root // layout.n_tensor * dtype.itemsize, in_blocks
+
+
 def memory_by_category(
     model: LT2,
     layout: Layout,
@@ -60,12 +69,8 @@ def memory_by_category(
     kept, peak, later = (size // layout.n_tensor for size in activations)
     vocab = model.head_weight.shape[0] // layout.n_tensor
     root = n_parameters - sum(blocks)
-    # per_visit holds the root, a block at work, and the next one on its way; while there is a loss only per_step holds
-    # blocks.
-    gathered_blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
-    gathered_root = root * dtype.itemsize
-    in_blocks = sum(gathered_blocks) if layout.loop_reshard != "per_visit" else 2 * max(gathered_blocks)
-    gathered_at_loss = gathered_root + (in_blocks if layout.loop_reshard == "per_step" else 0)
+    gathered_root, gathered_blocks = gathered_parameters(model, layout, dtype)
+    gathered_at_loss = gathered_root + (gathered_blocks if layout.loop_reshard == "per_step" else 0)
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
@@ -73,7 +78,7 @@ def memory_by_category(
         "weights": shard * FP32 * on_device,
         "gradients": shard * FP32 * on_device,
         "optimizer state": 2 * shard * FP32 * on_device,
-        "gathered parameters": gathered_root + in_blocks,
+        "gathered parameters": gathered_root + gathered_blocks,
         "whole gradients": n_parameters * (FP32 if layout.defers_reductions else dtype.itemsize),
         "activations kept": kept,
         "activations in backward": peak,

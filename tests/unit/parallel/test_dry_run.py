@@ -14,6 +14,7 @@ from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config
 from lt2titan.dry_run import dry_run
 from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.layers import Linear
 from lt2titan.parallel.distributed import fake_process_group
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -116,3 +117,24 @@ def test_context_ranks_are_shards_with_a_stretch_each() -> None:
     assert found["weights"] == 4 * first_shards(config, 8)
     # As rows of a quarter, and what mixers fetch of other ranks beside it.
     assert shorter["saved activations"] < found["saved activations"] < 3 * shorter["saved activations"]
+
+
+FLOAT8 = ("--compile.enable", "--float8.recipe", "tensorwise", "--float8.no_auto_filter")
+
+
+def test_float8_gathers_one_byte_of_what_it_multiplies() -> None:
+    pytest.importorskip("torchao")
+    found, config = sizes(4, *FLOAT8, "--float8.min_size", "16")
+    plain, _ = sizes(4)
+    blocks = build_on_meta(config.model, "reference").core.blocks
+    maps = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, Linear))
+    saved = plain["gathered parameters"] - found["gathered parameters"]
+    assert maps // 2 < saved <= maps  # a byte each, of all but the smallest
+    assert found["weights"] == plain["weights"]
+
+
+def test_errors_while_it_is_laid_out_need_no_traceback() -> None:
+    pytest.importorskip("torchao")
+    result = launch("--comm.mode", "fake_backend", *BATCH, *FLOAT8, "--float8.min_size", "100000", NGPU="512")
+    assert result.returncode != 0
+    assert "no linear map of this model qualifies" in result.stdout and "Traceback" not in result.stdout, result.stdout
