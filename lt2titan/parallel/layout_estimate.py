@@ -17,7 +17,8 @@ FP32 = 4
 def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks':
     under per_visit of one at work and of the next one on its way."""
-    n_root = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.core.blocks.parameters())
+    n_in_blocks = sum(p.numel() for block in model.core.blocks for p in block.parameters())
+    n_root = sum(p.numel() for p in model.parameters()) - n_in_blocks
     blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
     in_blocks = 2 * max(blocks) if layout.loop_reshard == "per_visit" else sum(blocks)
     return n_root // layout.n_tensor * dtype.itemsize, in_blocks
