@@ -8,7 +8,6 @@ as it would on the first of 512 GPUs. Then the sizes are printed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,14 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from lt2titan.build import lay_out
 from lt2titan.config.job import JobConfig
-from lt2titan.layout_plan import convert_to_float8
+from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory
 from lt2titan.model.init import build_on_meta
-from lt2titan.model.lt2 import LT2
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.distributed import fake_process_group
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
-from lt2titan.parallel.layout_estimate import gathered_parameters
 from lt2titan.parallel.mesh import ParallelDims
 
 logger = logging.getLogger("lt2titan")
@@ -41,10 +38,14 @@ MEANINGS = {
     "gradients": "fp32, reduced",
     "optimizer state": "AdamW's moments",
     "gathered parameters": "at the most, by fsdp_loop_reshard",
-    "whole gradients": "at the most, before they are reduced",
-    "kept gradients": "whole, between microbatches (fsdp_defer_reductions)",
-    "saved activations": "for the backward pass of one microbatch",
+    "whole gradients": "at the most, before they are reduced, or while reductions are deferred",
+    "activations kept": "of the core, for the backward pass of one microbatch",
+    "activations in backward": "at the most, what is computed again included",
+    "peak": "of a step",
 }
+
+ESTIMATED = ("gathered parameters", "whole gradients", "activations kept", "activations in backward", "peak")
+"""As by `scripts/estimate.py`; the rest are sizes of what the step has made."""
 
 
 def dry_run(config: JobConfig) -> dict[str, int]:
@@ -78,8 +79,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)
         for is_last in (False, True) if layout.defers_reductions else (True,):
             set_gradient_sync(model, is_last)
-            loss, saved = _saved_bytes(model, lambda: _objective(*model(tokens, targets=tokens, with_auxiliary=True)))
-            loss.backward()
+            _objective(*model(tokens, targets=tokens, with_auxiliary=True)).backward()
         reshard(model)
         clip_grad_norm(model, config.training.max_norm)
         gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
@@ -87,19 +87,16 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
     whole = build_on_meta(config.model, "reference")
     n_parameters = sum(p.numel() for p in whole.parameters())
-    on_rank = n_parameters // dims.tensor
     convert_to_float8(config, whole, dims.replicate * dims.shard * dims.context * dims.tensor)
+    core = core_of(config, whole, layout, dtype)
+    estimated = estimate_memory(config, whole, layout, core, dtype)
     return {
         "parameters": n_parameters,
         "parameters per rank": sum(w.numel() for w in weights),
         "weights": _n_bytes(weights),
         "gradients": _n_bytes(gradients),
         "optimizer state": _n_bytes(moments),
-        "gathered parameters": sum(gathered_parameters(whole, layout, dtype)),
-        "whole gradients": on_rank * dtype.itemsize,
-        "kept gradients": on_rank * 4 if layout.defers_reductions else 0,
-        "saved activations": saved,
-    }
+    } | {name: estimated[name] for name in ESTIMATED}
 
 
 def _objective(loss: Tensor, auxiliary: dict[str, Tensor]) -> Tensor:
@@ -112,34 +109,16 @@ def show_dry_run(config: JobConfig, world_size: int) -> None:
     with fake_process_group(world_size):
         sizes = dry_run(config)
     table = Table("rank 0", "value", "meaning", title=f"dry run: {world_size} processes, one step on shapes")
-    on_device = 0
     for name, value in sizes.items():
         if name.startswith("parameters"):
             table.add_row(name, f"{value:,}", MEANINGS[name])
             continue
         is_on_host = config.parallelism.cpu_offload and name in ("weights", "gradients", "optimizer state")
-        on_device += 0 if is_on_host else value
-        table.add_row(name, _gib(value), MEANINGS[name] + (", in host memory" if is_on_host else ""))
-    reason = f"of {config.comm.device_memory_gib:g} GiB (comm.device_memory_gib), without temporary tensors"
-    table.add_row("together", _gib(on_device), reason)
+        beside = ", in host memory" if is_on_host else ""
+        if name == "peak":
+            beside = f", of {config.comm.device_memory_gib:g} GiB (comm.device_memory_gib), without temporary tensors"
+        table.add_row(name, _gib(value), MEANINGS[name] + beside)
     Console().print(table)
-
-
-def _saved_bytes(model: LT2, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """``forward``'s result, and the memory of what autograd then keeps, without the parameters."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = _local(tensor).untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()
-    for parameter in model.parameters():
-        storages.pop(_local(parameter).untyped_storage()._cdata, None)
-    # Gathered parameters that FSDP2 has let go of have no bytes any more.
-    return result, sum(storage.nbytes() for storage in storages.values())
 
 
 def _gib(n_bytes: int) -> str:

@@ -15,6 +15,9 @@ Autograd adds up what the T visits give to a gradient, so it is reduced once per
 reduce-scatters per microbatch, or at most 2 (L + 1) per step when they are deferred to the last one (a block that is
 visited several times is then reduced twice: what earlier microbatches left, and the last one's share). The whole
 gradients of the core are alive from the last loop's backward pass to the first's, under any of them.
+
+The root is one group even where the head is not tied, and stays gathered through a step: of 50,257 tokens and 2,048
+channels 196 MiB for each of embedding and head in bfloat16, for one all-gather instead of four per microbatch.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,6 +75,10 @@ def apply_fsdp(
     for block in model.core.blocks:
         fully_shard(block, reshard_after_forward=is_per_visit, **options)
     fully_shard(model, reshard_after_forward=False, **options)
+    # Asked for before a block runs, the next one travels meanwhile, however slow the host is to launch the block's
+    # kernels. In the backward pass FSDP2 does so by itself.
+    for module, following in pairwise([model, *model.core.blocks]):
+        module.set_modules_to_forward_prefetch([following])
     for module in _fsdp_modules(model):
         module.set_reshard_after_backward(is_per_visit)
         module.set_gradient_divide_factor(1.0)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.checkpoint.manager import CheckpointManager
@@ -176,14 +176,20 @@ def trains_as_one_process(truth: Truth, cases: list[Case]) -> None:
 def collectives(work: Callable[[], Any]) -> Counter[str]:
     """How often ``work`` calls each collective ("gather", "reduce_scatter", "all_reduce"). By the profiler: a dispatch
     mode cannot look inside torch.func.vjp, which the reference operators use in their backward pass."""
+    counted: Counter[str] = Counter()
+    for name in event_names(work):
+        for kind, part in (("gather", "allgather"), ("reduce_scatter", "reduce_scatter"), ("all_reduce", "allreduce")):
+            counted[kind] += name.startswith("c10d::") and part in name
+    return counted
+
+
+def event_names(work: Callable[[], Any]) -> list[str]:
+    """What the profiler saw of ``work``, in the order in which it started."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
-    counted: Counter[str] = Counter()
     assert profiler.profiler is not None
-    for event in profiler.profiler.kineto_results.events():  # profiler.events() takes seconds to build
-        for kind, part in (("gather", "allgather"), ("reduce_scatter", "reduce_scatter"), ("all_reduce", "allreduce")):
-            counted[kind] += event.name().startswith("c10d::") and part in event.name()
-    return counted
+    events = profiler.profiler.kineto_results.events()  # profiler.events() takes seconds to build
+    return [event.name() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def travels(n_loops: int, case: Case) -> tuple[int, int, int]:
@@ -209,6 +215,24 @@ def other_policies_gather_more() -> None:
         assert (gathers, reductions) == (N_LAYERS * (m + 1) + 1, m * GROUPS)
         gathers, reductions, _ = travels(n_loops, Case("per_visit", m))
         assert (gathers, reductions) == ((2 * N_LAYERS * n_loops + 1) * m, m * GROUPS)
+
+
+def the_next_block_is_on_its_way() -> None:
+    """When a block starts to compute, gathers have been issued of the root, of itself and of the next one."""
+
+    def mark(*_: Any) -> None:
+        with record_function("a block starts"):
+            pass
+
+    for loop_reshard in ("per_step", "per_visit"):
+        model = sharded_model(1, Case(loop_reshard))
+        for block in model.core.blocks:
+            block.mixer.register_forward_pre_hook(mark)
+        names = event_names(lambda model=model: loss_of(model, rows()))  # type: ignore[misc]
+        gathers = {name for name in names if name.startswith("c10d::") and "allgather" in name}
+        order = "".join("b" if name == "a block starts" else "g" if name in gathers else "" for name in names)
+        assert order == "gggbb", order
+        reshard(model)
 
 
 def replicas_reduce_once_more() -> None:
@@ -286,6 +310,7 @@ def test_two_ranks() -> None:
         partial(trains_as_one_process, one_process(), cases),
         per_step_gathers_once,
         other_policies_gather_more,
+        the_next_block_is_on_its_way,
         observers_see_whole_weights,
     )
 
