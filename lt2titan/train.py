@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -39,6 +40,8 @@ def main() -> None:
             trainer.train()
     except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError, RecompileError) as error:
         if rank != 0:  # torchrun's summary is the only place where the user sees what other ranks say
+            if isinstance(error, ConfigError):  # rank 0 says the same in one line, and torchrun ends this wait
+                time.sleep(10)
             raise
         # What the user can mend needs no traceback; everything else keeps its own.
         logger.error("%s", error)

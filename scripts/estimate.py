@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory, pl
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
+from lt2titan.model.lt2 import LT2
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.communication_estimate import of_activations, of_parameters
+from lt2titan.parallel.layout import Layout
 
 
 def estimate(config: JobConfig) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
         n_backward_loops=config.model.loop.backward_loops,
     )
     return {
+        "activation_modes": of_modes(config, model, layout, dtype),
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
@@ -99,6 +103,19 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
     }
 
 
+def of_modes(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Bytes that depend on activation_checkpoint.mode, in every mode but memory_budget."""
+    names, is_compiled = ("activations kept", "activations in backward", "peak"), config.compile.enable
+    found: dict[str, dict[str, int]] = {}
+    core = None
+    for mode in ("none", "selective", "block", "loop", "nested"):
+        other = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode=mode))
+        core = core or core_of(other, model, layout, dtype, is_compiled)  # of which all modes are sums
+        sizes = estimate_memory(other, model, layout, core, dtype, is_compiled)
+        found[mode] = {name: sizes[name] for name in names}
+    return found
+
+
 def show_layout(result: dict[str, Any]) -> None:
     title = ", ".join(f"{key} {value}" for key, value in result["layout"].items())
     table = Table("per device", "value", title=f"{result['world_size']} GPUs: {title}")
@@ -106,7 +123,16 @@ def show_layout(result: dict[str, Any]) -> None:
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     for name, row in result["communication"].items():
         table.add_row(f"{name}, per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if result["layout"]["n_tensor"] > 1:
+        left_out = "embedding, head, loss, norms over all channels and indexers"
+        console.print(f"Left out: what {left_out} exchange over tensor ranks.")
+    title = "by activation_checkpoint.mode, this layout"
+    modes = Table("mode", *next(iter(result["activation_modes"].values())), title=title)
+    for mode, sizes in result["activation_modes"].items():
+        modes.add_row(mode, *(f"{size / 2**30:.2f} GiB" for size in sizes.values()))
+    console.print(modes)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def score_kernel(
     first_own = key_length - length + first + row * BLOCK_Q
     first_token = batch.to(tl.int64) * length + first + row * BLOCK_Q
     first_start, last_start = tl.load(starts + first_token), tl.load(starts + first_token + last_own - first_own)
-    # Tiles that nobody sees are neither computed nor ever read.
+    # Tiles that nobody sees are not computed; what stands there is never used.
     span_stop = tl.minimum(span * SPAN + SPAN, last_own + 1)
     span_start = span * SPAN + tl.maximum(first_start - span * SPAN, 0) // BLOCK_K * BLOCK_K
     channels = tl.arange(0, BLOCK_WIDTH)
@@ -108,7 +108,7 @@ def score_kernel(
             mask = (offsets < key_length - place) & (channels < WIDTH)[None, :]
             k_tile = tl.load(k + key_rows[:, None] * WIDTH + channels[None, :], mask=mask, other=0.0)
             score = _sum_of_heads(k_tile, q_tile, halves, HEADS, BLOCK_Q, BLOCK_K, PRECISION)
-            for head in tl.static_range(HEADS, N_HEADS, HEADS):
+            for head in tl.range(HEADS, N_HEADS, HEADS, num_stages=1):
                 q_more, more = _queries(q, w, token_rows, is_row, head, N_HEADS, WIDTH, BLOCK_WIDTH, HEADS, BLOCK_Q)
                 score += _sum_of_heads(k_tile, q_more, more, HEADS, BLOCK_Q, BLOCK_K, PRECISION)
             key = (score + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
@@ -135,7 +135,7 @@ def write_scores(
     starts: Tensor,
     keys: Tensor,
     maxima: Tensor,
-    place: tuple[int, int, int, int, int],
+    chunk: tuple[int, int, int, int, int],
     n_keys: int,
     *,
     searched: int,
@@ -145,11 +145,15 @@ def write_scores(
 ) -> None:
     """Fill ``keys`` and ``maxima`` for a chunk of queries, which see the first ``n_keys`` keys.
 
-    The rest as in the kernel, ``place`` from its length to n_rows.
+    The rest as in the kernel; ``chunk`` is its (length, key_length, stride, first, n_rows).
     """
+    *_, n_rows = chunk
     n_heads, width = q.shape[2:]
+    block_width = max(16, triton.next_power_of_2(width))
+    # Else tiles that are loaded ahead would not fit into shared memory.
+    is_small = n_heads <= COLUMNS // TILE_Q and block_width * q.element_size() <= 256
     tile_k = max(TILE_K, group)
-    grid = (triton.cdiv(place[-1], TILE_Q), triton.cdiv(n_keys, max(SPAN, tile_k)), q.shape[0])
+    grid = (triton.cdiv(n_rows, TILE_Q), triton.cdiv(n_keys, max(SPAN, tile_k)), q.shape[0])
     score_kernel[grid](
         q,
         k,
@@ -157,12 +161,12 @@ def write_scores(
         starts,
         keys,
         maxima,
-        *place,
+        *chunk,
         forced_local,
         FORCED_FIRST=forced_first,
         N_HEADS=n_heads,
         WIDTH=width,
-        BLOCK_WIDTH=max(16, triton.next_power_of_2(width)),
+        BLOCK_WIDTH=block_width,
         HEADS=min(triton.next_power_of_2(n_heads), COLUMNS // TILE_Q),
         BLOCK_Q=TILE_Q,
         BLOCK_K=tile_k,
@@ -171,5 +175,5 @@ def write_scores(
         GROUP=group,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=STAGES if is_small else 1,
     )

@@ -38,7 +38,7 @@ PROGRAMS = 512
 @triton.jit
 def _bound(keys, low, n_low, n_wanted, n_enough):
     """A number that at least n_wanted of keys (N,) reach, and at most n_enough; if there is none, the greatest that
-    n_wanted reach. At most n_wanted are forced.
+    n_wanted reach. At most n_wanted are forced; if just as many, it may be any number below MOST that they reach.
 
     low: a number that n_low reach, at least n_wanted; or LEAST.
     """
@@ -236,11 +236,10 @@ def select(
         n_rows = min(chunk, length - first)
         n_keys = key_length - length + first + n_rows
         group = triton.next_power_of_2(triton.cdiv(n_keys, searched))  # as few keys as leave maxima to be searched
-        place = (length, key_length, stride, first, n_rows)
-        # Chunks of queries that all see no more than there are slots need no scores; with documents nobody knows.
-        if cu_seqlens is not None or n_keys > n_slots:
+        sizes_of_chunk = (length, key_length, stride, first, n_rows)
+        if n_keys > n_slots:  # else everything is chosen
             write_scores(
-                *(q, k, w, starts, keys, maxima, place, n_keys),
+                *(q, k, w, starts, keys, maxima, sizes_of_chunk, n_keys),
                 searched=searched,
                 group=group,
                 forced_first=forced_first,
@@ -248,7 +247,7 @@ def select(
             )
         if group > 1:
             rows = (keys, maxima, starts, bounds, counts, candidates)
-            _thin_kernel[(n_rows, batch)](*rows, *place, **sizes, GROUP=group, num_warps=WARPS)
+            _thin_kernel[(n_rows, batch)](*rows, *sizes_of_chunk, **sizes, GROUP=group, num_warps=WARPS)
         for fewer, size in ranges:
             if fewer < n_keys:
                 # Few rows have many candidates, and programs that would find nothing to do are not free.
@@ -260,7 +259,7 @@ def select(
                     candidates,
                     starts,
                     indices,
-                    *place,
+                    *sizes_of_chunk,
                     **sizes,
                     IS_THINNED=is_thinned,
                     FEWER=fewer,

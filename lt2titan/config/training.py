@@ -40,7 +40,7 @@ class TrainingConfig:
     """Sequences per process and microbatch; 0 divides global_batch_size over the processes, without accumulation."""
     global_batch_size: int = -1
     """Sequences per optimizer step over all processes; what one microbatch of each does not hold is accumulated. -1
-    means local_batch_size x processes."""
+    means local_batch_size x data-parallel ranks."""
     seq_len: int = 256
     """Tokens per sequence."""
     max_norm: float = 1.0
@@ -75,7 +75,7 @@ class TrainingConfig:
             return local, 1
         n_microbatches, rest = divmod(total, max(local, 1) * dp_size)
         if rest or not n_microbatches:
-            reason = f"is no multiple of local_batch_size x processes = {max(local, 1)} x {dp_size}"
+            reason = f"is no multiple of local_batch_size x data-parallel ranks = {max(local, 1)} x {dp_size}"
             raise ConfigError("global_batch_size", total, f"{reason} = {max(local, 1) * dp_size}; use one that is")
         return (local, n_microbatches) if local else (n_microbatches, 1)
 

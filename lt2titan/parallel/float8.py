@@ -140,7 +140,7 @@ def apply_float8(model: LT2, plan: Float8Plan, n_tensor: int = 1) -> None:
         " (emulated)" if plan.emulate else "",
         len(qualifying),
         n_maps,
-        ", weights gathered in float8" if plan.all_gather else "",
+        ", weights gathered in float8" if plan.all_gather else ", weights cast at every visit",
     )
 
 

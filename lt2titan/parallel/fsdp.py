@@ -77,7 +77,7 @@ def apply_fsdp(
     fully_shard(model, reshard_after_forward=False, **options)
     # Asked for before a block runs, the next one travels meanwhile, however slow the host is to launch the block's
     # kernels. In the backward pass FSDP2 does so by itself.
-    for module, following in pairwise([model, *model.core.blocks]):
+    for module, following in pairwise(_fsdp_modules(model)):  # the root, then blocks in order
         module.set_modules_to_forward_prefetch([following])
     for module in _fsdp_modules(model):
         module.set_reshard_after_backward(is_per_visit)

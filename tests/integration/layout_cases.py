@@ -123,6 +123,7 @@ CASES = [
     Case(2, "fsdp nested", "gdn+full windows"),
     Case(2, "fsdp", "full bf16", *BF16),
     Case(2, "fsdp per_visit", "full tensorwise"),
+    Case(2, "fsdp compile selective", "full tensorwise"),
     Case(2, "hsdp nested 2-rows", "gdn+full sampled"),
     Case(2, "hsdp per_visit offload", "window packed"),
     Case(2, "hsdp 2-rows", "full rowwise", *FLOAT8_EDGES),

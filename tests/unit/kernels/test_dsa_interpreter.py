@@ -70,6 +70,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_scores, "TILE_Q", 16)
     monkeypatch.setattr(triton_scores, "TILE_K", 16)
     monkeypatch.setattr(triton_scores, "COLUMNS", 32)
+    monkeypatch.setattr(triton_scores, "SPAN", 16)
+    monkeypatch.setattr(triton_select, "PROGRAMS", 3)
     monkeypatch.setattr(triton_kl_dense, "BLOCK", 16)
 
 

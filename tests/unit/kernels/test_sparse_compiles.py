@@ -87,15 +87,25 @@ def test_kernels_compile_for_hopper(
     assert max(shared.values()) <= SHARED_MEMORY, shared
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_selection_compiles_for_hopper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "n_heads", "width"),
+    [
+        (torch.bfloat16, 8, 64),  # the 1.3B model
+        (torch.float32, 8, 64),
+        (torch.bfloat16, 64, 128),  # DeepSeek's
+        *(pytest.param(torch.float32, *sizes, marks=pytest.mark.wide) for sizes in ((8, 256), (64, 128))),
+    ],
+)
+def test_selection_compiles_for_hopper(
+    dtype: torch.dtype, n_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a row that is too long to be searched at once."""
     shared: dict[str, int] = {}
     for module in (triton_scores, triton_select):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launched(getattr(module, name), shared))
     monkeypatch.setattr(triton_select, "CHUNK_NUMBERS", 1 << 27)  # one chunk
-    q, k, w = (torch.zeros(1, 9000, *sizes, dtype=dtype) for sizes in ((8, 64), (64,), (8,)))  # the 1.3B model
+    q, k, w = (torch.zeros(1, 9000, *sizes, dtype=dtype) for sizes in ((n_heads, width), (width,), (n_heads,)))
     triton_select.select(q, k, w, None, 2048, True, 64)
     assert len(shared) == 3
     assert max(shared.values()) <= SHARED_MEMORY, shared

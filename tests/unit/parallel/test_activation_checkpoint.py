@@ -395,17 +395,18 @@ def test_compiled_blocks(mode: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_memory_budget_is_kept() -> None:
     """Less is saved the smaller the budget; without any, the inputs of the blocks and what they share, as in mode
-    block."""
-    saved = []
+    block. Gradients stay as they are without one, bit for bit."""
+    saved, all_gradients = [], []
     for budget in (1.0, 0.5, 0.0):
         torch._dynamo.reset()
         model = compiled("full", "memory_budget", memory_budget=budget)
-        model(**batch()).backward()  # compiles; the budget is divided up then
+        all_gradients.append(gradients(model, batch()))  # compiles; the budget is divided up then
         h, context = core_inputs(model, batch())
         saved.append(saved_bytes(model, h, context))
     sizes = core_memory(model, batch_size=2, length=24, dtype=torch.float32)
     everything, least = (sizes.under(recompute_plan(mode, 0)).kept for mode in ("none", "block"))
     assert everything > saved[0] > saved[1] > saved[2]
+    assert all(torch.equal(g[name], value) for g in all_gradients[1:] for name, value in all_gradients[0].items())
     assert saved[2] == least - context.positions.nbytes
 
 

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -262,8 +263,7 @@ def count_casts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("n_loops", [1, 2, 4])
-@pytest.mark.parametrize("n_microbatches", [1, 2])
+@pytest.mark.parametrize(("n_loops", "n_microbatches"), [(1, 1), (2, 2), (4, 1), (8, 2)])
 def test_a_shared_weight_is_cast_once_per_step(
     n_loops: int, n_microbatches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +473,30 @@ def test_refusals(section: dict[str, Any], arguments: dict[str, Any], message: s
         plan_of(Float8Config(**section), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "capability", "arguments", "message"),
+    [
+        ("tensorwise", (8, 9), {}, ""),
+        ("rowwise", (9, 0), {}, ""),
+        ("tensorwise", (8, 0), {}, "capability 8.9, and this is an old one"),
+        ("rowwise", (8, 9), {}, "capability 9.0, and this is an old one"),
+        ("tensorwise", (9, 0), {"compiled": False}, "slower than bfloat16 without compilation; .*float8.allow_eager"),
+        ("tensorwise", (9, 0), {"compiled": False, "allow_eager": True}, ""),
+        ("tensorwise", (9, 0), {"n_tokens": 7}, "7 tokens per rank .* multiple of 16"),
+        ("rowwise_with_gw_hp", (9, 0), {"n_tokens": 7}, ""),
+    ],
+)
+def test_what_a_gpu_is_asked_for(
+    recipe: str, capability: tuple[int, int], arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    options = {"compiled": True, "n_tokens": 64} | arguments
+    section = Float8Config(recipe=recipe, allow_eager=options.pop("allow_eager", False))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        assert plan_float8(section, device=torch.device("cuda"), n_tensor=1, cpu_offload=False, **options)  # type: ignore[arg-type]
+
+
 def test_a_model_without_a_fitting_map_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no linear map of this model qualifies.*float8.filter_fqns"):
         converted(replace(TENSORWISE, filter_fqns=["core"]), config())
@@ -481,8 +505,9 @@ def test_a_model_without_a_fitting_map_is_refused() -> None:
 def test_it_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="lt2titan"):
         converted(GATHERED, config())
-    expected = f"float8: tensorwise (emulated), {N_MAPS} of {N_MAPS + 4} linear maps, weights gathered in float8"
-    assert caplog.messages == [expected]
+        converted(TENSORWISE, config())
+    expected = f"float8: tensorwise (emulated), {N_MAPS} of {N_MAPS + 4} linear maps, weights "
+    assert caplog.messages == [expected + "gathered in float8", expected + "cast at every visit"]
 
 
 # --- ranks ----------------------------------------------------------------------------------------
