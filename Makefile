@@ -5,8 +5,12 @@ python := .venv/bin/python
 comma := ,
 extras := dev$(if $(shell nvidia-smi --list-gpus 2>/dev/null),$(comma)gpu)
 
+# Files of tests run side by side, with one thread in each process: with more, threads wait for those of other processes.
+# `make test workers=8` where there are cores and memory for it: some tests start four ranks.
+workers := 2
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n $(workers) --dist loadfile
 # The GPU kernels in Triton's interpreter, which has to be switched on before anything imports triton.
-interpreted := TRITON_INTERPRET=1 $(python) -m pytest tests/unit/kernels/test_fla_interpreter.py tests/unit/kernels/test_fla_layers.py \
+interpreted := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(python) -m pytest -n $(workers) tests/unit/kernels/test_fla_interpreter.py tests/unit/kernels/test_fla_layers.py \
 	tests/unit/kernels/test_dsa_interpreter.py
 
 setup: .venv/installed
@@ -22,11 +26,11 @@ train: setup
 	$(python) scripts/generate.py --checkpoint $$run --prompt "The " --max-new-tokens 160 --temperature 0.7
 
 test: setup
-	$(python) -m pytest -m "not wide"
+	$(pytest) -m "not wide"
 	$(interpreted) -m "not wide"
 
 test-all: setup
-	$(python) -m pytest
+	$(pytest)
 	$(interpreted)
 
 lint: setup

@@ -7,6 +7,8 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,8 +39,11 @@ from torch.profiler import ProfilerActivity, profile
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
 from lt2titan.evaluation.loop_diagnostics import validation_diagnostics
+from lt2titan.kernels.dsa import dsa_select
 from lt2titan.metrics.loop_statistics import LoopStatistics
 from lt2titan.model.config import ModelConfig
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers import dsa
 from lt2titan.model.mixers.config import GDNConfig, Mamba2Config, MixersConfig
 from lt2titan.model.recompute import KEEP_ALL
 from lt2titan.model.state import allocate
@@ -104,7 +109,12 @@ def recompute_and_fewer_loops() -> None:
 def diagnosed_and_observed_alike() -> None:
     dims, text = mesh(2), batches(0, packed=False)
     # Of every loop; of all but the first the overlap with the one before.
-    shapes = ((config("gdn", "full"), 3 * 5), (config("nsa"), 3 * 6 - 1), (config("nsa", mixers=TWO_KEY_HEADS), 17))
+    shapes = (
+        (config("gdn", "full"), 3 * 5),
+        (config("nsa"), 3 * 6 - 1),
+        (config("nsa", mixers=TWO_KEY_HEADS), 17),
+        (config("gdn", "dsa"), 17),
+    )
     for shape, n_figures in shapes:
         one, split = whole_model(shape), split_model(shape, dims, True)
         figures = [validation_diagnostics(model, text, CPU) for model in (split, one)]
@@ -115,6 +125,29 @@ def diagnosed_and_observed_alike() -> None:
         split_figures, expected = (a | b.figures() for a, b in zip(figures, statistics, strict=True))
         assert len(expected) == n_figures
         assert split_figures == pytest.approx(expected, rel=1e-10)
+
+
+def selections_are_the_same() -> None:
+    """Not by luck of equal results: every rank chooses the keys that the whole model chooses, in every visit."""
+    shape, dims = config("dsa"), mesh(2)
+
+    def chosen(model: LT2) -> list[torch.Tensor]:
+        selections: list[torch.Tensor] = []
+
+        def spy(*args: Any, **options: Any) -> torch.Tensor:
+            selections.append(dsa_select(*args, **options))
+            return selections[-1]
+
+        with patch.object(dsa, "dsa_select", spy):
+            loss_of(model, batches(0, packed=True))
+        return selections
+
+    everywhere: list[list[torch.Tensor]] = [[], []]
+    dist.all_gather_object(everywhere, chosen(split_model(shape, dims, True)))
+    expected = chosen(whole_model(shape))
+    assert len(expected) > 1 and any((selection >= 0).any() for selection in expected)
+    for selections in everywhere:
+        assert all(torch.equal(a, b) for a, b in zip(selections, expected, strict=True))
 
 
 def sums_of_gradients_do_not_grow_with_loops() -> None:
@@ -226,6 +259,7 @@ def test_two_ranks_against_one() -> None:
         recompute_and_fewer_loops,
         logits_are_whole_and_odd_lengths_refused,
         diagnosed_and_observed_alike,
+        selections_are_the_same,
         evaluated_alike,
         sums_of_gradients_do_not_grow_with_loops,
         refused,
