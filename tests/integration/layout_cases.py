@@ -106,8 +106,8 @@ FLOAT8_EDGES = (1e-5, 1e-5, 2e-3)
 # Over context ranks, whose attention rounds otherwise: 8.4e-4, 3e-7, 6.5e-3.
 FLOAT8_CONTEXT = (5e-3, 1e-5, 3e-2)
 # Tensor-parallel ranks cast partial sums and parts of rows, with scales of their own: 2.2e-3, 1.8e-2, 1.4e-2.
-# (Tensorwise there is no case: scales of whole shards round everything anew, so that gradients are 22 % off one process's,
-# which are themselves 20 % off fp32's, as those of the ranks are.)
+# (Tensorwise there is no case: scales of whole shards round everything anew. Gradients are 22 % off one process's,
+# which are 20 % off fp32's, as those of the ranks are.)
 FLOAT8_PARTS = (1e-2, 6e-2, 5e-2)
 
 CASES = [
