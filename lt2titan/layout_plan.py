@@ -109,10 +109,11 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
         else "nothing to defer",
         parallelism.fsdp_defer_reductions,
     )
-    if sizes["peak"] > device_memory:
+    if sizes["peak"] > usable:
         logger.warning(
-            "a step is estimated to need %s, and the device has %s: if it runs out of memory, lower "
-            "training.local_batch_size, recompute more (activation_checkpoint.mode), or use more devices",
+            "a step is estimated to need %s, and the device has %s, of which temporary tensors take some: if it runs "
+            "out of memory, lower training.local_batch_size, recompute more (activation_checkpoint.mode), or use more "
+            "devices",
             _gib(sizes["peak"]),
             _gib(device_memory),
         )

@@ -77,8 +77,11 @@ def test_the_1_3b_recipe_is_planned_with_its_activations(
     assert "lower training.local_batch_size" in caplog.text
 
 
-def test_memory_between_two_estimates_decides(recipe: JobConfig) -> None:
+def test_memory_between_two_estimates_decides(
+    recipe: JobConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With so few activations that every policy has a peak of its own."""
+    monkeypatch.setattr(logging.getLogger("lt2titan"), "propagate", True)
     recipe = replace(recipe, activation_checkpoint=replace(recipe.activation_checkpoint, mode="nested"))
     model, layout = build_on_meta(recipe.model, "fla"), Layout(n_shards=8)
     core = core_of(recipe, model, layout, torch.bfloat16)
@@ -89,7 +92,9 @@ def test_memory_between_two_estimates_decides(recipe: JobConfig) -> None:
     assert peaks["per_step"] > peaks["per_pass"] > peaks["per_visit"]
     for policy, peak in peaks.items():
         assert planned(recipe, 1.001 * peak / USABLE / 2**30).loop_reshard == policy
+    assert "lower training.local_batch_size" not in caplog.text
     assert planned(recipe, 0.999 * peaks["per_visit"] / USABLE / 2**30).loop_reshard == "per_visit"
+    assert "lower training.local_batch_size" in caplog.text
 
 
 def test_compiled_blocks_are_planned_as_the_compiler_divides_them(

@@ -83,7 +83,10 @@ class ParallelismConfig:
             raise ConfigError(name, others[name], f"{there_are}, no multiple of {factors} = {product}; change either")
         if shard not in (-1, rest):
             beside = f", {product} of them in each shard's place" if product > 1 else ""
-            raise ConfigError("data_parallel_shard_degree", shard, f"{there_are}{beside}; use -1 or {rest}")
+            use = f"use -1 or {rest}"
+            if rest % shard == 0:
+                use += f", or data_parallel_replicate_degree = {replicate * rest // shard} for more replicas of it"
+            raise ConfigError("data_parallel_shard_degree", shard, f"{there_are}{beside}; {use}")
         return rest
 
     def data_parallel_size(self, world_size: int) -> int:

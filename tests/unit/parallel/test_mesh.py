@@ -60,6 +60,7 @@ def test_replicas_see_different_data() -> None:
     ("degrees", "key", "says"),
     [
         ({"data_parallel_shard_degree": 3}, "data_parallel_shard_degree", ["8 processes", "-1 or 8"]),
+        ({"data_parallel_shard_degree": 2}, "data_parallel_shard_degree", ["data_parallel_replicate_degree = 4"]),
         (
             {"data_parallel_shard_degree": 8, "data_parallel_replicate_degree": 2},
             "data_parallel_shard_degree",
