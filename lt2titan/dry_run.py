@@ -61,10 +61,7 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         logger.info("dry run: attention gathers keys, which takes more memory than a ring of them")
         config = replace(config, parallelism=replace(config.parallelism, context_parallel_attention="gather"))
     if config.compile.enable:
-        logger.info("dry run: blocks are not compiled, which would save fewer activations")
-        config = replace(config, compile=replace(config.compile, enable=False))
-        if config.activation_checkpoint.mode == "memory_budget":  # it is torch.compile that keeps it
-            config = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode="none"))
+        logger.info("dry run: the step itself is eager; its memory is estimated as compiled")
     if config.float8.recipe != "none":
         logger.info("dry run: products in float8 are emulated")
         config = replace(config, float8=replace(config.float8, emulate=True))
@@ -72,7 +69,8 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     dims = ParallelDims.build(config.parallelism, "cpu")
     n_rows, _ = config.training.microbatches(dims.dp_size)
     model, layout = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
-    with FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
         model.to_empty(device=CPU)
         weights = [_local(parameter) for parameter in model.parameters()]
         optimizer = build_optimizer(model, config.optimizer)
@@ -85,11 +83,11 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
-    whole = build_on_meta(config.model, "reference")
+    whole = build_on_meta(config.model, "fla")  # whose memory is a GPU's
     n_parameters = sum(p.numel() for p in whole.parameters())
     convert_to_float8(config, whole, dims.replicate * dims.shard * dims.context * dims.tensor)
-    core = core_of(config, whole, layout, dtype)
-    estimated = estimate_memory(config, whole, layout, core, dtype)
+    core = core_of(config, whole, layout, dtype, config.compile.enable)
+    estimated = estimate_memory(config, whole, layout, core, dtype, config.compile.enable)
     return {
         "parameters": n_parameters,
         "parameters per rank": sum(w.numel() for w in weights),

@@ -50,7 +50,7 @@ def test_shards_and_replicas() -> None:
 def test_activations_are_those_of_a_real_pass(mode: str) -> None:
     """By the count that test_activation_checkpoint.py compares with what autograd and checkpoints really hold."""
     found, config = sizes(4, "--activation_checkpoint.mode", mode)
-    model = build_on_meta(config.model, "reference")
+    model = build_on_meta(config.model, "fla")
     core = core_memory(model, batch_size=2, length=config.training.seq_len, dtype=torch.bfloat16)
     kept, in_backward, _ = core.under(recompute_plan(mode, 0))
     assert (found["activations kept"], found["activations in backward"]) == (kept, in_backward)
@@ -108,7 +108,7 @@ def test_context_ranks_are_shards_with_a_stretch_each() -> None:
     assert shorter["activations kept"] < found["activations kept"] < 3 * shorter["activations kept"]
 
 
-FLOAT8 = ("--compile.enable", "--float8.recipe", "tensorwise", "--float8.no_auto_filter")
+FLOAT8 = ("--float8.recipe", "tensorwise", "--float8.no_auto_filter")
 
 
 def test_float8_gathers_one_byte_of_what_it_multiplies() -> None:
@@ -127,3 +127,15 @@ def test_errors_while_it_is_laid_out_need_no_traceback() -> None:
     result = launch("--comm.mode", "fake_backend", *BATCH, *FLOAT8, "--float8.min_size", "100000", NGPU="512")
     assert result.returncode != 0
     assert "no linear map of this model qualifies" in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("mode", [pytest.param("selective", marks=pytest.mark.wide), "memory_budget"])
+def test_compiled_blocks_are_estimated_as_compiled(mode: str) -> None:
+    eager, _ = sizes(4, "--activation_checkpoint.mode", "none" if mode == "memory_budget" else mode)
+    found, config = sizes(4, "--activation_checkpoint.mode", mode, "--compile.enable")
+    budget = config.activation_checkpoint.memory_budget if mode == "memory_budget" else 1.0
+    model, dtype = build_on_meta(config.model, "fla"), torch.bfloat16
+    options = {"batch_size": 2, "length": config.training.seq_len, "dtype": dtype, "memory_budget": budget}
+    core = core_memory(model, is_compiled=True, **options)  # type: ignore[arg-type]
+    kept = core.under(recompute_plan("none" if mode == "memory_budget" else mode, 0)).kept
+    assert found["activations kept"] == kept < eager["activations kept"]
