@@ -8,7 +8,7 @@ extras := dev$(if $(shell nvidia-smi --list-gpus 2>/dev/null),$(comma)gpu)
 # Files of tests run side by side, with one thread in each process: with more, threads wait for those of other processes.
 # `make test workers=8` where there are cores and memory for it: some tests start four ranks.
 workers := 2
-pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n $(workers) --dist loadfile
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n $(workers) --dist loadfile --ignore tests/gpu
 # The GPU kernels in Triton's interpreter, which has to be switched on before anything imports triton.
 interpreted := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(python) -m pytest -n $(workers) tests/unit/kernels/test_fla_interpreter.py tests/unit/kernels/test_fla_layers.py \
 	tests/unit/kernels/test_dsa_interpreter.py

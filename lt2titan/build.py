@@ -23,8 +23,11 @@ def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> 
     return model, layout
 
 
-def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory: int) -> tuple[LT2, Layout]:
-    """`build_model` without values; ``memory`` is the device's, in bytes."""
+def lay_out(
+    config: JobConfig, dims: ParallelDims, device: torch.device, memory: int, layout: Layout | None = None
+) -> tuple[LT2, Layout]:
+    """`build_model` without values; ``memory`` is the device's, in bytes, by which a ``layout`` is planned if none is
+    given."""
     backend = resolve_backend(config.kernels.backend, device)
     model = build_on_meta(config.model, backend)
     precision = config.training.mixed_precision_param
@@ -32,9 +35,8 @@ def lay_out(config: JobConfig, dims: ParallelDims, device: torch.device, memory:
         precision = "bfloat16" if device.type == "cuda" else "float32"
     param_dtype = getattr(torch, precision)
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    world_size = dims.replicate * dims.shard * dims.context * dims.tensor
-    convert_to_float8(config, model, world_size, device)
-    layout = plan_layout(config, model, world_size, param_dtype, memory)
+    convert_to_float8(config, model, dims.world_size, device)
+    layout = layout or plan_layout(config, model, dims.world_size, param_dtype, memory)
     parallelize(
         model,
         dims,

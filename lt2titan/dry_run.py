@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lt2titan.build import lay_out
 from lt2titan.config.job import JobConfig
-from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory
+from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory, plan_layout
 from lt2titan.model.init import build_on_meta
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
@@ -51,11 +51,13 @@ ESTIMATED = ("gathered parameters", "whole gradients", "activations kept", "acti
 def dry_run(config: JobConfig) -> dict[str, int]:
     """Build, lay out and step on shapes; rank 0, which has the largest shards, in numbers of parameters and bytes.
 
-    Sizes are those of a GPU run: bfloat16 compute unless training.mixed_precision_param says otherwise. Rows are
-    dense, whatever data.document_mask says. Needs an initialised process group, see `distributed.fake_process_group`.
+    Sizes are those of a GPU run: bfloat16 compute unless training.mixed_precision_param says otherwise. The step's own
+    rows are dense, whatever data.document_mask says. Needs an initialised process group, see
+    `distributed.fake_process_group`.
     """
     if config.training.mixed_precision_param == "auto":
         config = replace(config, training=replace(config.training, mixed_precision_param="bfloat16"))
+    asked = config
     config = replace(config, kernels=replace(config.kernels, backend="reference"))
     if config.parallelism.context_parallel_attention == "ring":
         logger.info("dry run: attention gathers keys, which takes more memory than a ring of them")
@@ -68,7 +70,12 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     dtype = getattr(torch, config.training.mixed_precision_param)
     dims = ParallelDims.build(config.parallelism, "cpu")
     n_rows, _ = config.training.microbatches(dims.dp_size)
-    model, layout = lay_out(config, dims, CPU, int(config.comm.device_memory_gib * 2**30))
+    # Planned and estimated is what was asked for, as on a GPU; the step stands in for it.
+    whole = build_on_meta(config.model, "reference" if asked.kernels.backend == "reference" else "fla")
+    convert_to_float8(asked, whole, dims.world_size)
+    memory = int(config.comm.device_memory_gib * 2**30)
+    layout = plan_layout(asked, whole, dims.world_size, dtype, memory)
+    model, _ = lay_out(config, dims, CPU, memory, layout)
     eager = torch.compiler.set_stance("force_eager")
     with eager, FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
         model.to_empty(device=CPU)
@@ -83,13 +90,10 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
-    whole = build_on_meta(config.model, "fla")  # whose memory is a GPU's
-    n_parameters = sum(p.numel() for p in whole.parameters())
-    convert_to_float8(config, whole, dims.replicate * dims.shard * dims.context * dims.tensor)
-    core = core_of(config, whole, layout, dtype, config.compile.enable)
-    estimated = estimate_memory(config, whole, layout, core, dtype, config.compile.enable)
+    core = core_of(asked, whole, layout, dtype, asked.compile.enable)
+    estimated = estimate_memory(asked, whole, layout, core, dtype, asked.compile.enable)
     return {
-        "parameters": n_parameters,
+        "parameters": sum(p.numel() for p in whole.parameters()),
         "parameters per rank": sum(w.numel() for w in weights),
         "weights": _n_bytes(weights),
         "gradients": _n_bytes(gradients),

@@ -25,6 +25,7 @@ from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_checkpoint import recompute_plan
+from lt2titan.parallel.activation_memory import CoreMemory
 from lt2titan.parallel.communication_estimate import of_activations, of_parameters
 from lt2titan.parallel.layout import Layout
 
@@ -93,7 +94,7 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
         n_backward_loops=config.model.loop.backward_loops,
     )
     return {
-        "activation_modes": of_modes(config, model, layout, dtype),
+        "activation_modes": of_modes(config, model, layout, dtype, as_compiled),
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
@@ -103,14 +104,18 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
     }
 
 
-def of_modes(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Bytes that depend on activation_checkpoint.mode, in every mode but memory_budget."""
+def of_modes(
+    config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, core: CoreMemory
+) -> dict[str, dict[str, int]]:
+    """Bytes that depend on activation_checkpoint.mode, in every mode but memory_budget. ``core`` is the configured
+    mode's, and all are sums of it; under memory_budget it is measured once more without."""
     names, is_compiled = ("activations kept", "activations in backward", "peak"), config.compile.enable
     found: dict[str, dict[str, int]] = {}
-    core = None
+    is_measured = config.activation_checkpoint.mode != "memory_budget"
     for mode in ("none", "selective", "block", "loop", "nested"):
         other = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode=mode))
-        core = core or core_of(other, model, layout, dtype, is_compiled)  # of which all modes are sums
+        core = core if is_measured else core_of(other, model, layout, dtype, is_compiled)
+        is_measured = True
         sizes = estimate_memory(other, model, layout, core, dtype, is_compiled)
         found[mode] = {name: sizes[name] for name in names}
     return found

@@ -38,7 +38,7 @@ PROGRAMS = 512
 @triton.jit
 def _bound(keys, low, n_low, n_wanted, n_enough):
     """A number that at least n_wanted of keys (N,) reach, and at most n_enough; if there is none, the greatest that
-    n_wanted reach. At most n_wanted are forced; if just as many, it may be any number below MOST that they reach.
+    n_wanted reach. At most n_wanted are forced; if just as many, the result may be any number below MOST.
 
     low: a number that n_low reach, at least n_wanted; or LEAST.
     """

@@ -37,10 +37,11 @@ class TrainingConfig:
     steps: int = 1000
     """Optimizer steps after which to stop (the schedule has its own horizon: lr_scheduler.total_steps)."""
     local_batch_size: int = 8
-    """Sequences per process and microbatch; 0 divides global_batch_size over the processes, without accumulation."""
+    """Sequences per data-parallel rank and microbatch; 0 divides global_batch_size over the ranks, without
+    accumulation."""
     global_batch_size: int = -1
-    """Sequences per optimizer step over all processes; what one microbatch of each does not hold is accumulated. -1
-    means local_batch_size x data-parallel ranks."""
+    """Sequences per optimizer step over all ranks; what one microbatch of each does not hold is accumulated. -1 means
+    local_batch_size x data-parallel ranks."""
     seq_len: int = 256
     """Tokens per sequence."""
     max_norm: float = 1.0

@@ -9,15 +9,17 @@ microbatches per optimizer step:
                the backward pass, where most activations are alive, have that memory; gathered again for the backward
                pass and kept from there through the next microbatch's forward pass. L (m + 1) + 1 all-gathers.
     per_visit  through one visit of the block, forward or backward (torchtitan's reshard_after_forward = True): about
-               2 L T m all-gathers.
+               2 L T m all-gathers. Loops that are recomputed (modes loop and nested) keep all blocks gathered in the
+               backward pass, where FSDP2 frees nothing in between.
 
 Autograd adds up what the T visits give to a gradient, so it is reduced once per backward pass, not T times: L + 1
 reduce-scatters per microbatch, or at most 2 (L + 1) per step when they are deferred to the last one (a block that is
 visited several times is then reduced twice: what earlier microbatches left, and the last one's share). The whole
 gradients of the core are alive from the last loop's backward pass to the first's, under any of them.
 
-The root is one group even where the head is not tied, and stays gathered through a step: of 50,257 tokens and 2,048
-channels 196 MiB for each of embedding and head in bfloat16, for one all-gather instead of four per microbatch.
+The root is one group even where the head is not tied, gathered through a step (per_visit: a microbatch): of 50,257
+tokens and 2,048 channels 196 MiB for each of embedding and head in bfloat16, for one all-gather instead of four per
+microbatch.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def apply_fsdp(
         fully_shard(block, reshard_after_forward=is_per_visit, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     # Asked for before a block runs, the next one travels meanwhile, however slow the host is to launch the block's
-    # kernels. In the backward pass FSDP2 does so by itself.
+    # kernels (under per_visit not from one loop to the next). In the backward pass FSDP2 does so by itself.
     for module, following in pairwise(_fsdp_modules(model)):  # the root, then blocks in order
         module.set_modules_to_forward_prefetch([following])
     for module in _fsdp_modules(model):

@@ -14,14 +14,17 @@ from lt2titan.parallel.layout import Layout
 FP32 = 4
 
 
-def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks':
-    under per_visit of one at work and of the next one on its way."""
+def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype, recomputes_loops: bool) -> tuple[int, int]:
+    """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks'.
+
+    Under per_visit these are of one at work, which it was copied from, and of the next one on its way; but FSDP2 frees
+    nothing that is computed again in the backward pass, so that modes loop and nested hold the whole core there.
+    """
     n_in_blocks = sum(p.numel() for block in model.core.blocks for p in block.parameters())
     n_root = sum(p.numel() for p in model.parameters()) - n_in_blocks
     blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
-    in_blocks = 2 * max(blocks) if layout.loop_reshard == "per_visit" else sum(blocks)
-    return n_root // layout.n_tensor * dtype.itemsize, in_blocks
+    is_freed = layout.loop_reshard == "per_visit" and not recomputes_loops
+    return n_root // layout.n_tensor * dtype.itemsize, min(3 * max(blocks), sum(blocks)) if is_freed else sum(blocks)
 
 
 def memory_by_category(
@@ -70,7 +73,7 @@ def memory_by_category(
     kept, peak, later = (size // layout.n_tensor for size in activations)
     vocab = model.head_weight.shape[0] // layout.n_tensor
     root = n_parameters - sum(blocks)
-    gathered_root, gathered_blocks = gathered_parameters(model, layout, dtype)
+    gathered_root, gathered_blocks = gathered_parameters(model, layout, dtype, plan.loops)
     gathered_at_loss = gathered_root + (gathered_blocks if layout.loop_reshard == "per_step" else 0)
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.

@@ -71,6 +71,10 @@ class ParallelDims:
         return cls(replicate, shard, context, tensor, mesh, context_mesh, loss_group)
 
     @property
+    def world_size(self) -> int:
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 takes: ("shard",), or ("replicate", "shard") for HSDP."""
         return self.mesh["replicate", "shard"] if self.replicate > 1 else self.mesh["shard"]

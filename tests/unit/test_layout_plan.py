@@ -82,7 +82,7 @@ def test_memory_between_two_estimates_decides(
 ) -> None:
     """With so few activations that every policy has a peak of its own."""
     monkeypatch.setattr(logging.getLogger("lt2titan"), "propagate", True)
-    recipe = replace(recipe, activation_checkpoint=replace(recipe.activation_checkpoint, mode="nested"))
+    recipe = replace(recipe, training=replace(recipe.training, local_batch_size=1, seq_len=2048))
     model, layout = build_on_meta(recipe.model, "fla"), Layout(n_shards=8)
     core = core_of(recipe, model, layout, torch.bfloat16)
     peaks = {

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,6 +236,27 @@ def the_next_block_is_on_its_way() -> None:
         reshard(model)
 
 
+def recomputed_loops_hold_every_block() -> None:
+    """Under per_visit, in the backward pass; anything else holds the block at work, beside what is on its way."""
+    for mode, n_most in (("none", 1), ("block", 1), ("loop", 5), ("nested", 5)):
+        model = build_on_meta(replace(model_config(N_LOOPS), n_layers=5), "reference")
+        dims = ParallelDims.build(ParallelismConfig(), "cpu")
+        precision = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+        parallelize(model, dims, activation_checkpoint=mode, loop_reshard="per_visit", **precision)  # type: ignore[arg-type]
+        materialise(model, CPU, seed=3)
+        whole_blocks: list[int] = []
+
+        def count(gradient: torch.Tensor, model: LT2 = model, whole_blocks: list[int] = whole_blocks) -> None:
+            first = (next(block.parameters()) for block in model.core.blocks)
+            whole_blocks.append(sum(not isinstance(parameter, DTensor) for parameter in first))
+
+        for block in model.core.blocks:
+            block.mixer.register_forward_hook(lambda _, __, out, count=count: out[0].register_hook(count) and None)
+        loss_of(model, rows()).backward()
+        reshard(model)
+        assert whole_blocks and max(whole_blocks) == n_most, (mode, whole_blocks)
+
+
 def replicas_reduce_once_more() -> None:
     for n_loops in (1, 4):
         assert travels(n_loops, Case(replicate=2)) == (GROUPS, GROUPS, GROUPS)
@@ -295,7 +317,8 @@ def spawn(n_ranks: int, *work: Callable[[], None]) -> None:
 
 # Starting processes takes longer than what they do: one launch per number of ranks.
 def test_one_rank() -> None:
-    spawn(1, partial(trains_as_one_process, one_process(), [Case("per_pass", 2), Case("per_visit", 2, defers=True)]))
+    cases = [Case("per_pass", 2), Case("per_visit", 2, defers=True)]
+    spawn(1, partial(trains_as_one_process, one_process(), cases), recomputed_loops_hold_every_block)
 
 
 def test_two_ranks() -> None:
