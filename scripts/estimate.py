@@ -111,11 +111,11 @@ def of_modes(
     mode's, and all are sums of it; under memory_budget it is measured once more without."""
     names, is_compiled = ("activations kept", "activations in backward", "peak"), config.compile.enable
     found: dict[str, dict[str, int]] = {}
-    is_measured = config.activation_checkpoint.mode != "memory_budget"
+    if config.activation_checkpoint.mode == "memory_budget":
+        unlimited = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode="none"))
+        core = core_of(unlimited, model, layout, dtype, is_compiled)
     for mode in ("none", "selective", "block", "loop", "nested"):
         other = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode=mode))
-        core = core if is_measured else core_of(other, model, layout, dtype, is_compiled)
-        is_measured = True
         sizes = estimate_memory(other, model, layout, core, dtype, is_compiled)
         found[mode] = {name: sizes[name] for name in names}
     return found

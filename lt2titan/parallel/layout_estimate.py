@@ -17,8 +17,8 @@ FP32 = 4
 def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype, recomputes_loops: bool) -> tuple[int, int]:
     """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks'.
 
-    Under per_visit these are of one at work, which it was copied from, and of the next one on its way; but FSDP2 frees
-    nothing that is computed again in the backward pass, so that modes loop and nested hold the whole core there.
+    Under per_visit these are the block at work, the buffer that it was gathered into, and the next one's; but FSDP2
+    frees nothing that is computed again in the backward pass, so that modes loop and nested hold the whole core there.
     """
     n_in_blocks = sum(p.numel() for block in model.core.blocks for p in block.parameters())
     n_root = sum(p.numel() for p in model.parameters()) - n_in_blocks
