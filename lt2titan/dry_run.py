@@ -24,6 +24,7 @@ from lt2titan.model.init import build_on_meta
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.distributed import fake_process_group
+from lt2titan.parallel.float8 import update_scales
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
 
@@ -79,6 +80,8 @@ def dry_run(config: JobConfig) -> dict[str, int]:
     eager = torch.compiler.set_stance("force_eager")
     with eager, FakeTensorMode(allow_non_fake_inputs=True):  # such as the parameters on meta
         model.to_empty(device=CPU)
+        if config.float8.recipe == "tensorwise":
+            update_scales(model, layout.loop_reshard)
         weights = [_local(parameter) for parameter in model.parameters()]
         optimizer = build_optimizer(model, config.optimizer)
         tokens = torch.zeros(n_rows, config.training.seq_len // dims.context, dtype=torch.int64)

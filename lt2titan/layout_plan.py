@@ -33,17 +33,14 @@ def convert_to_float8(config: JobConfig, model: LT2, world_size: int, device: to
     """
     parallelism, training = config.parallelism, config.training
     batch_size, _ = training.microbatches(parallelism.data_parallel_size(world_size))
-    n_tensor = parallelism.tensor_parallel_degree
     plan = plan_float8(
         config.float8,
         device=device,
         compiled=config.compile.enable,
-        n_tensor=n_tensor,
-        cpu_offload=parallelism.cpu_offload,
         n_tokens=batch_size * training.seq_len // parallelism.context_parallel_degree,
     )
     if plan is not None:
-        apply_float8(model, plan, n_tensor)
+        apply_float8(model, plan, parallelism.tensor_parallel_degree)
 
 
 def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dtype, device_memory: int) -> Layout:

@@ -324,7 +324,7 @@ class Trainer:
 
     def _update_float8_scales(self) -> None:
         if self.config.float8.recipe == "tensorwise":
-            update_scales(self.model)
+            update_scales(self.model, self.layout.loop_reshard)
 
     def learning_rate(self) -> float:
         """The learning rate of the current step (counted from 1)."""

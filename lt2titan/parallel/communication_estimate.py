@@ -15,6 +15,7 @@ from lt2titan.model.recompute import RecomputePlan
 from lt2titan.parallel.activation_memory import CoreMemory
 from lt2titan.parallel.float8 import gathered_bytes
 from lt2titan.parallel.layout import Layout
+from lt2titan.parallel.layout_estimate import n_own_embedding
 
 
 class Sent(NamedTuple):
@@ -31,18 +32,20 @@ def of_parameters(
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     in_core = sum(p.numel() for block in model.core.blocks for p in block.parameters()) // layout.n_tensor
     n_blocks, m = len(model.core.blocks), n_microbatches
-    root = n_parameters - in_core
-    # How often the blocks are gathered, each of them, and the root.
+    embedding = n_own_embedding(model) // layout.n_tensor
+    root = n_parameters - in_core - embedding
+    n_embeddings = int(embedding > 0)
+    # How often the blocks are gathered, each of them, the root, and the embedding.
     visits = {"per_step": 1, "per_pass": m + 1, "per_visit": 2 * n_loops * m}[layout.loop_reshard]
-    root_visits = m if layout.loop_reshard == "per_visit" else 1
-    gathers = visits * n_blocks + root_visits
+    root_visits, embedding_visits = (m, 2 * m) if layout.loop_reshard == "per_visit" else (1, 1)
+    gathers = visits * n_blocks + root_visits + embedding_visits * n_embeddings
     core_bytes = sum(gathered_bytes(block.parameters(), dtype) for block in model.core.blocks) // layout.n_tensor
-    gathered = visits * core_bytes + root_visits * root * dtype.itemsize
+    gathered = visits * core_bytes + (root_visits * root + embedding_visits * embedding) * dtype.itemsize
     # Deferred, a block that is visited several times is reduced twice (see parallel/fsdp.py).
     again = 2 if n_loops > 1 else 1
     rounds = (again, 1) if layout.defers_reductions else (m, m)
-    reduces = rounds[0] * n_blocks + rounds[1]
-    reduced = (rounds[0] * in_core + rounds[1] * root) * reduce_dtype.itemsize
+    reduces = rounds[0] * n_blocks + rounds[1] * (1 + n_embeddings)
+    reduced = (rounds[0] * in_core + rounds[1] * (root + embedding)) * reduce_dtype.itemsize
     ring = _ring(layout.n_shards)
     result = {}
     if ring:

@@ -1,8 +1,7 @@
 """Matrix products in float8 (torchao), for the linear maps of the blocks that gain by it.
 
-With float8 all-gather, FSDP2 casts its shards when it gathers them. Blocks that stay gathered for a step (per_step) are
-so cast once per step, on one GPU too, whatever the numbers of loops and microbatches; without it every visit casts the
-weight again, forward and backward.
+With float8 all-gather, shards are cast before FSDP2 gathers them: once per step, on one GPU too, whatever the numbers
+of loops, microbatches and gathers. Without it every visit casts the weight again, forward and backward.
 """
 
 from __future__ import annotations
@@ -43,15 +42,12 @@ def plan_float8(
     *,
     device: torch.device | None,
     compiled: bool,
-    n_tensor: int,
-    cpu_offload: bool,
     n_tokens: int,
 ) -> Float8Plan | None:
     """What to apply; None for none.
 
     Args:
         device: that must be able to run it; None asks for none.
-        n_tensor: ranks over which tensor parallelism splits the maps.
         n_tokens: of a microbatch on one rank.
 
     Raises:
@@ -71,16 +67,12 @@ def plan_float8(
                 f'needs a multiple of {MULTIPLE}; change them, or use "rowwise_with_gw_hp"'
             )
             raise ConfigError("float8.recipe", recipe, reason)
-    can_gather = recipe == "tensorwise" and n_tensor == 1 and not cpu_offload
-    if section.all_gather == "on" and not can_gather:
-        reason = 'does not work with tensor parallelism or parallelism.cpu_offload; use "auto"'
-        raise ConfigError("float8.all_gather", "on", reason)
     return Float8Plan(
         recipe=recipe,
         filter_fqns=section.filter_fqns,
         min_size=section.min_size,
         auto_filter=section.auto_filter,
-        all_gather=can_gather and section.all_gather != "off",
+        all_gather=recipe == "tensorwise" and section.all_gather != "off",
         emulate=section.emulate,
     )
 
@@ -114,11 +106,7 @@ def apply_float8(model: LT2, plan: Float8Plan, n_tensor: int = 1) -> None:
 
     from lt2titan.parallel.float8_linear import to_float8
 
-    config = replace(
-        Float8LinearConfig.from_recipe_name(plan.recipe),
-        emulate=plan.emulate,
-        enable_fsdp_float8_all_gather=plan.all_gather,
-    )
+    config = replace(Float8LinearConfig.from_recipe_name(plan.recipe), emulate=plan.emulate)
     n_maps = sum(isinstance(module, Linear) for module in model.modules())
     qualifying = list(_qualifying(model, plan, n_tensor))
     if not qualifying:
@@ -129,7 +117,7 @@ def apply_float8(model: LT2, plan: Float8Plan, n_tensor: int = 1) -> None:
         raise ConfigError("float8.recipe", plan.recipe, reason)
     for name, linear in qualifying:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, to_float8(linear, config))
+        setattr(model.get_submodule(owner), leaf, to_float8(linear, config, plan.all_gather))
     if plan.recipe != "tensorwise":
         # RMSNorm, rowwise scales and checkpointing, fused by inductor, gave NaN: intermediate values keep a precision
         # that the eager computation rounds away (https://github.com/pytorch/pytorch/issues/150859).
@@ -144,17 +132,25 @@ def apply_float8(model: LT2, plan: Float8Plan, n_tensor: int = 1) -> None:
     )
 
 
-def update_scales(model: nn.Module) -> None:
-    """Compute the scales of all weights that are gathered in float8, with one all-reduce instead of one for each.
-    Call it whenever weights have changed; a stale scale would be used as it is."""
-    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+def update_scales(model: nn.Module, loop_reshard: str) -> None:
+    """`float8_linear.update_scales`, for callers that have no torchao unless they need it.
 
-    precompute_float8_dynamic_scale_for_fsdp(model)
+    Args:
+        loop_reshard: as in `apply_fsdp`: what is gathered once per step need not be kept in float8 beside it.
+    """
+    from lt2titan.parallel import float8_linear
+
+    float8_linear.update_scales(model, keeps_casts=loop_reshard != "per_step")
 
 
 def gathered_bytes(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> int:
     """What FSDP2 gathers of ``parameters`` where it computes in ``dtype``."""
     return sum(p.numel() * (1 if _is_gathered_in_float8(p) else dtype.itemsize) for p in parameters)
+
+
+def float8_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Of those of ``parameters`` that FSDP2 gathers in float8."""
+    return sum(p.numel() for p in parameters if _is_gathered_in_float8(p))
 
 
 def zeros_as_gathered(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:

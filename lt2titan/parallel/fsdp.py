@@ -1,25 +1,24 @@
 """Fully sharded data parallelism (FSDP2) for a stack that is visited several times.
 
-Every block is a group that is gathered and reduced by itself; embedding, norm, rho and head (which may be tied) are one
-more, the root. How long a block stays gathered (``parallelism.fsdp_loop_reshard``), with L blocks, T loops and m
-microbatches per optimizer step:
+Every block is a group that is gathered and reduced by itself, the embedding is one, and the head another, with norm
+and rho: the root. A tied embedding is the head and in its group. How long a block stays gathered
+(``parallelism.fsdp_loop_reshard``), with L blocks, T loops and m microbatches per optimizer step:
 
-    per_step   until `reshard` after the last backward pass: L + 1 all-gathers per step, whatever T and m.
+    per_step   until `reshard` after the last backward pass: L all-gathers per step, whatever T and m.
     per_pass   through all loops of a pass: freed when the core's forward pass ends, so that the head and the start of
                the backward pass, where most activations are alive, have that memory; gathered again for the backward
-               pass and kept from there through the next microbatch's forward pass. L (m + 1) + 1 all-gathers.
+               pass and kept from there through the next microbatch's forward pass. L (m + 1) all-gathers.
     per_visit  through one visit of the block, forward or backward (torchtitan's reshard_after_forward = True): about
                2 L T m all-gathers. Loops that are recomputed (modes loop and nested) keep all blocks gathered in the
                backward pass, where FSDP2 frees nothing in between.
 
-Autograd adds up what the T visits give to a gradient, so it is reduced once per backward pass, not T times: L + 1
-reduce-scatters per microbatch, or at most 2 (L + 1) per step when they are deferred to the last one (a block that is
-visited several times is then reduced twice: what earlier microbatches left, and the last one's share). The whole
-gradients of the core are alive from the last loop's backward pass to the first's, under any of them.
+Embedding and root add one all-gather each per step; under per_visit the root adds one per microbatch, and an embedding
+of its own, freed while the core runs, two.
 
-The root is one group even where the head is not tied, gathered through a step (per_visit: a microbatch): of 50,257
-tokens and 2,048 channels 196 MiB for each of embedding and head in bfloat16, for one all-gather instead of four per
-microbatch.
+Autograd adds up what the T visits give to a gradient, so it is reduced once per backward pass, not T times: one
+reduce-scatter per group and microbatch, or at most two per group and step when they are deferred to the last one (a
+block that is visited several times is then reduced twice: what earlier microbatches left, and the last one's share).
+The whole gradients of the core are alive from the last loop's backward pass to the first's, under any of them.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def apply_fsdp(
     loop_reshard: str = "per_step",
     cpu_offload: bool = False,
 ) -> None:
-    """Shard every block by itself, and the rest of the model as the root.
+    """Shard every block by itself, the embedding likewise unless it is tied, and the rest of the model as the root.
 
     Gradients are summed over ranks, not averaged: the loss is already divided by the number of tokens of all ranks.
 
@@ -74,12 +73,13 @@ def apply_fsdp(
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
     }
     is_per_visit = loop_reshard == "per_visit"
-    for block in model.core.blocks:
-        fully_shard(block, reshard_after_forward=is_per_visit, **options)
+    # The head is in the root, not in a group beside it: observers of loops use it while the core runs.
+    for part in [*model.core.blocks, *([] if model.head is None else [model.embedding])]:
+        fully_shard(part, reshard_after_forward=is_per_visit, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     # Asked for before a block runs, the next one travels meanwhile, however slow the host is to launch the block's
     # kernels (under per_visit not from one loop to the next). In the backward pass FSDP2 does so by itself.
-    for module, following in pairwise(_fsdp_modules(model)):  # the root, then blocks in order
+    for module, following in pairwise(_fsdp_modules(model)):  # in order of use: the root, embedding, blocks
         module.set_modules_to_forward_prefetch([following])
     for module in _fsdp_modules(model):
         module.set_reshard_after_backward(is_per_visit)

@@ -8,23 +8,32 @@ from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import CoreMemory
-from lt2titan.parallel.float8 import gathered_bytes
+from lt2titan.parallel.float8 import float8_bytes, gathered_bytes
 from lt2titan.parallel.layout import Layout
 
 FP32 = 4
 
 
 def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype, recomputes_loops: bool) -> tuple[int, int]:
-    """Bytes of parameters that are whole at the same time, at the most: the root's (embedding, head), and blocks'.
+    """Bytes of parameters that are whole while the core runs, at the most: of the head's group and the embedding, and
+    of blocks.
 
-    Under per_visit these are the block at work, the buffer that it was gathered into, and the next one's; but FSDP2
-    frees nothing that is computed again in the backward pass, so that modes loop and nested hold the whole core there.
+    Under per_visit an embedding of its own is not, and of blocks these are the one at work, the buffer that it was
+    gathered into, and the next one's; but FSDP2 frees nothing that is computed again in the backward pass, so that
+    modes loop and nested hold the whole core there.
     """
     n_in_blocks = sum(p.numel() for block in model.core.blocks for p in block.parameters())
     n_root = sum(p.numel() for p in model.parameters()) - n_in_blocks
+    if layout.loop_reshard == "per_visit":
+        n_root -= n_own_embedding(model)
     blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
     is_freed = layout.loop_reshard == "per_visit" and not recomputes_loops
     return n_root // layout.n_tensor * dtype.itemsize, min(3 * max(blocks), sum(blocks)) if is_freed else sum(blocks)
+
+
+def n_own_embedding(model: LT2) -> int:
+    """Parameters of the embedding, if it is a group of its own (see parallel/fsdp.py); 0 if it is tied."""
+    return 0 if model.head is None else model.embedding.weight.numel()
 
 
 def memory_by_category(
@@ -78,8 +87,10 @@ def memory_by_category(
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
+    # Beside the shards, of what is gathered several times (see parallel/float8_linear.py).
+    casts = 0 if layout.loop_reshard == "per_step" else float8_bytes(model.parameters()) // layout.n_tensor
     sizes = {
-        "weights": shard * FP32 * on_device,
+        "weights": shard * FP32 * on_device + -(-casts // layout.n_shards),
         "gradients": shard * FP32 * on_device,
         "optimizer state": 2 * shard * FP32 * on_device,
         "gathered parameters": gathered_root + gathered_blocks,
@@ -94,11 +105,12 @@ def memory_by_category(
     before = sizes["whole gradients" if layout.defers_reductions else "gradients"] if n_microbatches > 1 else 0
     in_core = sum(blocks) * dtype.itemsize
     reduced = (root + max(blocks)) * (dtype.itemsize + FP32)
+    again = n_own_embedding(model) // layout.n_tensor * dtype.itemsize if layout.loop_reshard == "per_visit" else 0
     at_loss = before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"]
     moments = (
         gathered_at_loss + at_loss,
         sizes["gathered parameters"] + before + peak + head,
         sizes["gathered parameters"] + before + later + head + in_core,
-        sizes["gathered parameters"] + sizes["gradients"] + reduced,
+        sizes["gathered parameters"] + again + sizes["gradients"] + reduced,
     )
     return sizes | {"peak": resident + max(moments)}

@@ -64,7 +64,7 @@ def train(case: Case, folder: Path) -> None:
     with Trainer(config, torch.device("cpu")) as trainer:
         unsettle(trainer.model)
         if config.float8.recipe == "tensorwise":
-            update_scales(trainer.model)
+            update_scales(trainer.model, trainer.layout.loop_reshard)
         trainer.optimizer.register_step_pre_hook(keep)
         trainer.train()
     if dist.get_rank() == 0:

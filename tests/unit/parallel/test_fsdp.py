@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from lt2titan.parallel.parallelize import parallelize
 
 CPU = torch.device("cpu")
 N_LAYERS = 2
-GROUPS = N_LAYERS + 1  # one per block and one for the rest
+GROUPS = N_LAYERS + 1  # one per block and one for the rest; an embedding that is not tied adds one
 N_LOOPS, N_ROWS, N_STEPS = 3, 8, 10
 
 
@@ -49,9 +50,10 @@ class Case(NamedTuple):
     defers: bool = False
     replicate: int = 1
     cpu_offload: bool = False
+    is_tied: bool = True
 
 
-def model_config(n_loops: int) -> ModelConfig:
+def model_config(n_loops: int, is_tied: bool = True) -> ModelConfig:
     # Rows of rho and odd widths: shards of unequal and of no size.
     return ModelConfig(
         vocab_size=37,
@@ -59,6 +61,7 @@ def model_config(n_loops: int) -> ModelConfig:
         n_layers=N_LAYERS,
         n_loops=n_loops,
         ffn_dim=20,
+        tie_embeddings=is_tied,
         mixer="gdn",
         hybrid=HybridConfig(mixer="full", ratio=1),
         mixers=MixersConfig(full=FullConfig(n_heads=2), gdn=GDNConfig(n_heads=2)),
@@ -73,14 +76,14 @@ def loss_of(model: LT2, rows: torch.Tensor) -> torch.Tensor:
     return model(rows[:, :-1], targets=rows[:, 1:]) / (N_ROWS * 8)
 
 
-def whole_model(n_loops: int) -> LT2:
-    model = build_on_meta(model_config(n_loops), "reference")
+def whole_model(n_loops: int, is_tied: bool = True) -> LT2:
+    model = build_on_meta(model_config(n_loops, is_tied), "reference")
     materialise(model, CPU, seed=3)
     return model
 
 
 def sharded_model(n_loops: int, case: Case) -> LT2:
-    model = build_on_meta(model_config(n_loops), "reference")
+    model = build_on_meta(model_config(n_loops, case.is_tied), "reference")
     dims = ParallelDims.build(ParallelismConfig(data_parallel_replicate_degree=case.replicate), "cpu")
     parallelize(
         model,
@@ -142,8 +145,8 @@ def train(model: LT2, run: Callable[[int], torch.Tensor]) -> Truth:
 
 
 @cache
-def one_process() -> Truth:
-    model = whole_model(N_LOOPS)
+def one_process(is_tied: bool = True) -> Truth:
+    model = whole_model(N_LOOPS, is_tied)
 
     def run(step: int) -> torch.Tensor:
         loss = loss_of(model, rows(step))
@@ -218,21 +221,33 @@ def other_policies_gather_more() -> None:
         assert (gathers, reductions) == ((2 * N_LAYERS * n_loops + 1) * m, m * GROUPS)
 
 
+def an_untied_embedding_is_a_group() -> None:
+    groups, m = GROUPS + 1, 2
+    for n_loops in (1, 4):
+        assert travels(n_loops, Case(is_tied=False)) == (groups, groups, 0)
+        assert travels(n_loops, Case("per_pass", m, is_tied=False)) == (N_LAYERS * (m + 1) + 2, m * groups, 0)
+        per_visit = (2 * N_LAYERS * n_loops + 3) * m
+        assert travels(n_loops, Case("per_visit", m, is_tied=False)) == (per_visit, m * groups, 0)
+    deferred = groups + N_LAYERS  # the embedding and the head are used once per microbatch
+    assert travels(4, Case(n_microbatches=2, defers=True, is_tied=False)) == (groups, deferred, 0)
+
+
 def the_next_block_is_on_its_way() -> None:
-    """When a block starts to compute, gathers have been issued of the root, of itself and of the next one."""
+    """When a block starts to compute, gathers have been issued of the root, of itself and of the next one (and of an
+    embedding of its own)."""
 
     def mark(*_: Any) -> None:
         with record_function("a block starts"):
             pass
 
-    for loop_reshard in ("per_step", "per_visit"):
-        model = sharded_model(1, Case(loop_reshard))
+    for loop_reshard, is_tied in product(("per_step", "per_visit"), (True, False)):
+        model = sharded_model(1, Case(loop_reshard, is_tied=is_tied))
         for block in model.core.blocks:
             block.mixer.register_forward_pre_hook(mark)
         names = event_names(lambda model=model: loss_of(model, rows()))  # type: ignore[misc]
         gathers = {name for name in names if name.startswith("c10d::") and "allgather" in name}
         order = "".join("b" if name == "a block starts" else "g" if name in gathers else "" for name in names)
-        assert order == "gggbb", order
+        assert order == ("gggbb" if is_tied else "ggggbb"), order
         reshard(model)
 
 
@@ -328,11 +343,14 @@ def test_two_ranks() -> None:
         Case("per_visit"),
         Case("per_step", 2, replicate=2, cpu_offload=True),
     ]
+    untied = [Case("per_step", 2, defers=True, is_tied=False), Case("per_visit", is_tied=False)]
     spawn(
         2,
         partial(trains_as_one_process, one_process(), cases),
+        partial(trains_as_one_process, one_process(is_tied=False), untied),
         per_step_gathers_once,
         other_policies_gather_more,
+        an_untied_embedding_is_a_group,
         the_next_block_is_on_its_way,
         observers_see_whole_weights,
     )

@@ -115,6 +115,18 @@ def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bo
         assert result["all-reduce"][1] == 3 * n_parameters * 4 // 8  # 2 (n - 1) / n of a shard, n = 2 replicas
 
 
+@pytest.mark.parametrize(
+    ("policy", "n_gathers"), [("per_step", 22), ("per_pass", 20 * 4 + 2), ("per_visit", (2 * 20 * 4 + 3) * 3)]
+)
+def test_an_untied_embedding_is_a_group_of_its_own(policy: str, n_gathers: int) -> None:
+    model = build_on_meta(load_config(RECIPE, ["--model.no_tie_embeddings"]).model, "reference")
+    sizes = {"n_microbatches": 3, "n_loops": 4, "dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    result = of_parameters(model, Layout(n_shards=8, loop_reshard=policy), **sizes)  # type: ignore[arg-type]
+    assert result["all-gather"][0] == n_gathers
+    assert result["reduce-scatter"][0] == 22 * 3
+    assert result["reduce-scatter"][1] == 3 * sum(p.numel() for p in model.parameters()) * 4 * 7 // 8
+
+
 def test_shares_add_up_to_the_whole() -> None:
     model = build_on_meta(load_config(RECIPE).model, "fla")
     core = core_memory(model, batch_size=1, length=512, dtype=torch.bfloat16)
