@@ -52,10 +52,10 @@ def _modes() -> Iterator[tuple[str, Case]]:
 
 def _float8() -> Iterator[tuple[str, Case]]:
     """Compiled, in float8; compare with modes/*-compiled."""
-    for mode in MODES:
-        yield f"float8/{mode}-tensorwise", Case((*_mode(mode), *COMPILED, "float8.recipe=tensorwise"))
-    for mode in ("selective", "block"):
-        yield f"float8/{mode}-rowwise", Case((*_mode(mode), *COMPILED, "float8.recipe=rowwise"))
+    for recipe in ("tensorwise", "rowwise"):
+        for mode in MODES:
+            yield f"float8/{mode}-{recipe}", Case((*_mode(mode), *COMPILED, f"float8.recipe={recipe}"))
+    yield "float8/block-rowwise_with_gw_hp", Case((*_mode("block"), *COMPILED, "float8.recipe=rowwise_with_gw_hp"))
     each_visit = ("float8.recipe=tensorwise", "float8.all_gather=off")
     yield "float8/block-tensorwise-each-visit", Case(_mode("block") + COMPILED + each_visit)
 
