@@ -205,6 +205,8 @@ def main() -> None:
         )
     known = {(r["case"], r["repeat"], *map(str, map(r.get, SETTINGS))): r for r in done(arguments.output)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    # As an exception, so that the case at hand ends too, and its GPU is free.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmark_training: terminated"))
     results = []
     for repeat in range(arguments.repeats):
         for name, case in cases.items():

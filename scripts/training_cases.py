@@ -79,6 +79,8 @@ def _profile() -> Iterator[tuple[str, Case]]:
     """Where the time of a step goes."""
     yield "profile/block-eager", Case(_mode("block"), n_steps=8, is_profiled=True)
     yield "profile/block-compiled", Case(_mode("block") + COMPILED, n_steps=8, is_profiled=True)
+    fastest = (*_mode("selective"), *COMPILED, "float8.recipe=tensorwise")
+    yield "profile/selective-tensorwise", Case(fastest, n_steps=8, is_profiled=True)
 
 
 CASES: dict[str, Case] = dict([*_modes(), *_float8(), *_loops(), *_schedule(), *_profile()])

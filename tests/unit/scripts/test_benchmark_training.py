@@ -6,8 +6,10 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lt2titan.config.loader import load_config
@@ -60,6 +62,21 @@ def test_a_case_that_takes_too_long_is_a_result_with_an_error(tmp_path: Path) ->
     result = run(*arguments)
     assert result.returncode == 1 and "1 failed" in result.stderr
     assert "not done after 1 s" in json.loads(output.read_text())["error"]
+
+
+def test_no_case_outlives_a_run_that_is_terminated(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "benchmark_training.py")
+    arguments = ["--cases", "modes/block-eager", "--config", str(TINY), "--steps", "5000"]
+    command = [sys.executable, script, *arguments, "--output", str(tmp_path / "results.jsonl")]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (cases := [child for child in process.children() if "measure_training" in " ".join(child.cmdline())]):
+        assert process.is_running()
+        time.sleep(0.1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert b"terminated" in said
+    _, alive = psutil.wait_procs(cases, timeout=60)
+    assert not alive
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
