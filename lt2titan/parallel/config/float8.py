@@ -27,9 +27,8 @@ class Float8Config:
     """Leave maps alone that are too small to be faster in float8, as torchao measured on H100."""
 
     all_gather: Literal["auto", "on", "off"] = "auto"
-    """FSDP2 casts its shards and gathers float8: half the traffic, and with parallelism.fsdp_loop_reshard = "per_step"
-    a weight is cast once per step, not once in every loop. Only tensorwise and without tensor parallelism; auto is on
-    where it can be."""
+    """Ranks cast their shards and FSDP2 gathers float8: half the traffic, and a weight is cast once per step, not once
+    in every loop. Only tensorwise; auto is on where it can be."""
 
     emulate: bool = False
     """Compute products of float8 values in the original dtype: slow, for tests, and the only way on a CPU."""
