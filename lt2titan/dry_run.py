@@ -36,6 +36,7 @@ MEANINGS = {
     "parameters": "of the model, tied weights once",
     "parameters per rank": "of them on rank 0",
     "weights": "fp32 master weights",
+    "weights in float8": "shards kept so beside them, where they are gathered several times per step",
     "gradients": "fp32, reduced",
     "optimizer state": "AdamW's moments",
     "gathered parameters": "at the most, by fsdp_loop_reshard",
@@ -45,7 +46,14 @@ MEANINGS = {
     "peak": "of a step",
 }
 
-ESTIMATED = ("gathered parameters", "whole gradients", "activations kept", "activations in backward", "peak")
+ESTIMATED = (
+    "weights in float8",
+    "gathered parameters",
+    "whole gradients",
+    "activations kept",
+    "activations in backward",
+    "peak",
+)
 """As by `scripts/estimate.py`; the rest are sizes of what the step has made."""
 
 

@@ -28,7 +28,8 @@ class Sent(NamedTuple):
 def of_parameters(
     model: LT2, layout: Layout, *, n_microbatches: int, n_loops: int, dtype: torch.dtype, reduce_dtype: torch.dtype
 ) -> dict[str, Sent]:
-    """What FSDP2 sends: parameters and their gradients (see parallel/fsdp.py)."""
+    """What FSDP2 sends: parameters and their gradients (see parallel/fsdp.py). Of an embedding that is not tied more
+    than that in steps of truncated backpropagation, which give it no gradient."""
     n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
     in_core = sum(p.numel() for block in model.core.blocks for p in block.parameters()) // layout.n_tensor
     n_blocks, m = len(model.core.blocks), n_microbatches

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-from torchao.float8.float8_training_tensor import GemmInputRole, hp_tensor_and_scale_to_float8
+from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole, hp_tensor_and_scale_to_float8
 from torchao.float8.float8_utils import amax_to_scale
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as TorchaoShard
 
@@ -41,8 +41,8 @@ class Float8Linear(TorchaoLinear, Linear):  # type: ignore[misc]  # torchao has 
 
 
 class Float8Shard(TorchaoShard):  # type: ignore[misc]  # torchao has no types
-    """torchao's wrapper of a shard of a weight, cast once between two updates of its map's scale, however often it is
-    gathered, and for numbers of ranks that do not divide its rows, whose shards are padded."""
+    """torchao's wrapper of a shard of a weight, which may be kept in float8 when it was gathered (`update_scales`), and
+    for numbers of ranks that do not divide its rows, whose shards are padded."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,21 +90,27 @@ def update_scales(model: nn.Module, keeps_casts: bool) -> None:
 
     Args:
         keeps_casts: each rank keeps its shards in float8, once they are cast, for weights that are gathered again.
+
+    Raises:
+        RuntimeError: weights are gathered: their shards are out of sight.
     """
     linears: list[Float8Linear] = []
     shards, device = [], torch.device("cpu")
     for module in model.modules():
-        if isinstance(module, Float8Linear) and isinstance(module.weight, DTensor):
-            shard = module.weight._local_tensor
-            if isinstance(shard, Float8Shard):
-                linears.append(module)
-                shards.append(shard._tensor)
-                device = torch.device(module.weight.device_mesh.device_type)  # not the shards', if they are offloaded
+        if not isinstance(module, Float8Linear):
+            continue
+        weight: Any = module.weight
+        shard = weight._local_tensor if isinstance(weight, DTensor) else weight
+        if isinstance(shard, Float8TrainingTensor):
+            raise RuntimeError("weights are gathered: call lt2titan.parallel.fsdp.reshard before update_scales")
+        if isinstance(shard, Float8Shard):
+            linears.append(module)
+            # A rank may have no rows of a weight.
+            shards.append(shard._tensor if shard.numel() else shard._tensor.new_zeros(1))
+            device = torch.device(weight.device_mesh.device_type)  # not the shards', if they are offloaded
     if not linears:
         return
-    largest = iter(torch._foreach_norm([shard for shard in shards if shard.numel()], ord=torch.inf))
-    # A rank may have no rows of a weight.
-    amax = torch.stack([next(largest) if shard.numel() else shard.new_zeros(()) for shard in shards]).to(device)
+    amax = torch.stack(torch._foreach_norm(shards, ord=torch.inf)).to(device)
     dist.all_reduce(amax, dist.ReduceOp.MAX)
     config: Any = linears[0].config
     scales = amax_to_scale(amax, config.cast_config_weight.target_dtype)

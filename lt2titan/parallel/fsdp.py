@@ -1,8 +1,8 @@
 """Fully sharded data parallelism (FSDP2) for a stack that is visited several times.
 
-Every block is a group that is gathered and reduced by itself, the embedding is one, and the head another, with norm
-and rho: the root. A tied embedding is the head and in its group. How long a block stays gathered
-(``parallelism.fsdp_loop_reshard``), with L blocks, T loops and m microbatches per optimizer step:
+Every block is a group that is gathered and reduced by itself, the embedding is one, which per_visit can free while the
+core runs, and the head another, with norm and rho: the root. A tied embedding is the head and in its group. How long a
+block stays gathered (``parallelism.fsdp_loop_reshard``), with L blocks, T loops and m microbatches per optimizer step:
 
     per_step   until `reshard` after the last backward pass: L all-gathers per step, whatever T and m.
     per_pass   through all loops of a pass: freed when the core's forward pass ends, so that the head and the start of
@@ -12,8 +12,7 @@ and rho: the root. A tied embedding is the head and in its group. How long a blo
                2 L T m all-gathers. Loops that are recomputed (modes loop and nested) keep all blocks gathered in the
                backward pass, where FSDP2 frees nothing in between.
 
-Embedding and root add one all-gather each per step; under per_visit the root adds one per microbatch, and an embedding
-of its own, freed while the core runs, two.
+The root, and an embedding of its own, add one all-gather each per step; under per_visit one and two per microbatch.
 
 Autograd adds up what the T visits give to a gradient, so it is reduced once per backward pass, not T times: one
 reduce-scatter per group and microbatch, or at most two per group and step when they are deferred to the last one (a

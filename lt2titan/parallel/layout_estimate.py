@@ -55,7 +55,7 @@ def memory_by_category(
     - the loss, when all activations that are kept wait for the backward pass;
     - the last loop's backward pass, the first to come, which computes again what was not kept;
     - that of the loop before, when the core's whole gradients stand beside it, and one loop less;
-    - the end, when the root's gradient (of embedding and head) and a block's are being reduced.
+    - the end, when the gradients of embedding, head and a block are being reduced.
 
     Sharded gradients exist before the last moment only if there were earlier microbatches. Left out: temporary tensors
     inside operators, what the allocator wastes. Tensor parallelism divides weights and logits; activations are divided
@@ -87,10 +87,11 @@ def memory_by_category(
     head = vocab * model.config.dim * dtype.itemsize
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
-    # Beside the shards, of what is gathered several times (see parallel/float8_linear.py).
+    # Shards that are kept so beside the others, to be gathered again (see parallel/float8_linear.py).
     casts = 0 if layout.loop_reshard == "per_step" else float8_bytes(model.parameters()) // layout.n_tensor
     sizes = {
-        "weights": shard * FP32 * on_device + -(-casts // layout.n_shards),
+        "weights": shard * FP32 * on_device,
+        "weights in float8": -(-casts // layout.n_shards),
         "gradients": shard * FP32 * on_device,
         "optimizer state": 2 * shard * FP32 * on_device,
         "gathered parameters": gathered_root + gathered_blocks,
@@ -101,7 +102,7 @@ def memory_by_category(
         # A chunk's, and the sum of those before.
         "gradient of the head": head * (1 + (n_tokens > CHUNK)),
     }
-    resident = sizes["weights"] + sizes["optimizer state"]
+    resident = sizes["weights"] + sizes["weights in float8"] + sizes["optimizer state"]
     before = sizes["whole gradients" if layout.defers_reductions else "gradients"] if n_microbatches > 1 else 0
     in_core = sum(blocks) * dtype.itemsize
     reduced = (root + max(blocks)) * (dtype.itemsize + FP32)

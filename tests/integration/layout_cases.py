@@ -108,7 +108,8 @@ FLOAT8_CONTEXT = (5e-3, 1e-5, 3e-2)
 # Tensor-parallel ranks cast partial sums and parts of rows, with scales of their own: 2.2e-3, 1.8e-2, 1.4e-2.
 FLOAT8_PARTS = (1e-2, 6e-2, 5e-2)
 # Tensorwise one scale serves all that a rank casts, and another rounds everything anew: 2.6e-3, 2.3e-1, 1.5e-2.
-# (One process's gradients are 20 % off fp32's; tests/unit/parallel/test_float8_training.py has the ranks' products.)
+# Only gross errors fail here, as one process's gradients are 20 % off fp32's; the products of ranks are tested in
+# tests/unit/parallel/test_float8_training.py.
 FLOAT8_SCALES = (1e-2, 4e-1, 5e-2)
 
 CASES = [

@@ -232,14 +232,22 @@ def test_weights_without_scales_are_not_gathered() -> None:
         model(microbatches()[0])
 
 
-def test_scales_follow_the_weights() -> None:
+def test_scales_of_gathered_weights_cannot_be_updated() -> None:
     model = build(GATHERED)
+    model(microbatches()[0])
+    with pytest.raises(RuntimeError, match="reshard before update_scales"):
+        update_scales(model, "per_step")
+
+
+@pytest.mark.parametrize(("policy", "is_offloaded"), [("per_step", False), *LAYOUTS])
+def test_scales_follow_the_weights(policy: str, is_offloaded: bool) -> None:
+    model = build(GATHERED, loop_reshard=policy, cpu_offload=is_offloaded)
     gradients(model, microbatches())  # as a step before would
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
     model.zero_grad()
-    update_scales(model, "per_step")
+    update_scales(model, policy)
     fresh = build(replace(GATHERED, all_gather=False))
     with torch.no_grad():
         for parameter in fresh.parameters():
@@ -292,11 +300,15 @@ def _three_ranks(rank: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("n_ranks", "work"), [(2, _two_ranks), (3, _three_ranks)])
-def test_ranks_compute_what_one_does_in_as_many_microbatches(n_ranks: int, work: Callable[[int], Any]) -> None:
+@pytest.mark.parametrize(
+    ("n_ranks", "work", "plans"), [(2, _two_ranks, [GATHERED, ROWWISE]), (3, _three_ranks, [GATHERED])]
+)
+def test_ranks_compute_what_one_does_in_as_many_microbatches(
+    n_ranks: int, work: Callable[[int], Any], plans: list[Float8Plan]
+) -> None:
     """The same microbatches, since activations of a microbatch share a scale. Three ranks have shards of unequal size:
     of 64 rows 22, 22 and 20."""
-    exact = {plan.recipe: gradients(build(plan), microbatches(n_ranks)) for plan in (GATHERED, ROWWISE)[: 4 - n_ranks]}
+    exact = {plan.recipe: gradients(build(plan), microbatches(n_ranks)) for plan in plans}
     for name, found in on_ranks(n_ranks, work).items():
         expected = exact.get(name, exact["tensorwise"])
         for key in expected:
@@ -305,19 +317,20 @@ def test_ranks_compute_what_one_does_in_as_many_microbatches(n_ranks: int, work:
             )
 
 
-def _last_of_nine(rank: int) -> None:
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=8, world_size=9)
-    model = build(GATHERED)
-    linear = model.get_submodule("core.blocks.0.ffn.down_proj")
-    assert linear.weight.to_local().numel() == 0 and linear.scale.isfinite()
-    model.core.blocks[0].unshard()  # type: ignore[operator]
-    assert linear.weight.shape == (64, 96)
+def _ranks_without_rows(rank: int) -> None:
+    """Of 64 rows the ninth rank has none, of 96 it has some; the last of 200 has none of any."""
+    for last in (8, 199):
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=last, world_size=last + 1)
+        model = build(GATHERED)
+        linear = model.get_submodule("core.blocks.0.ffn.down_proj")
+        assert linear.weight.to_local().numel() == 0 and linear.scale.isfinite()
+        model.core.blocks[0].unshard()  # type: ignore[operator]
+        assert linear.weight.shape == (64, 96)
 
 
 def test_a_rank_may_have_no_rows() -> None:
-    """Of 64 rows, each of eight ranks has eight."""
-    on_ranks(1, _last_of_nine)
+    on_ranks(1, _ranks_without_rows)
 
 
 def _tensor_ranks(rank: int) -> None:

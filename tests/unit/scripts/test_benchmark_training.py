@@ -70,7 +70,7 @@ def test_no_case_outlives_a_run_that_is_terminated(tmp_path: Path) -> None:
     command = [sys.executable, script, *arguments, "--output", str(tmp_path / "results.jsonl")]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (cases := [child for child in process.children() if "measure_training" in " ".join(child.cmdline())]):
-        assert process.is_running()
+        assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
     _, said = process.communicate(timeout=60)
