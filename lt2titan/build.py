@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from lt2titan.config.job import JobConfig
 from lt2titan.kernels.backend import resolve_backend
@@ -17,7 +18,10 @@ from lt2titan.parallel.parallelize import parallelize
 
 def build_model(config: JobConfig, dims: ParallelDims, device: torch.device) -> tuple[LT2, Layout]:
     """The model on ``device``, laid out over ``dims``, with its initial values; and how it is."""
-    model, layout = lay_out(config, dims, device, device_memory(device))
+    # Ranks that planned by memory of their own could choose differently, and wait for each other.
+    memory = torch.tensor(device_memory(device), device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    model, layout = lay_out(config, dims, device, int(memory))
     storage = torch.device("cpu") if config.parallelism.cpu_offload else device
     materialise(model, device, config.debug.seed, storage)
     return model, layout

@@ -1,6 +1,6 @@
 """What a configuration will cost: parameters, FLOPs, decode state, memory, communication. Needs no GPU and no data.
 
-python scripts/estimate.py --config train_configs/lt2_1.3b.toml [--world-size 64] [--json] [--model.n_loops 2 ...]
+python scripts/estimate.py --config train_configs/lt2_1.3b.toml [--world-size 24] [--json] [--model.n_loops 2 ...]
 """
 
 from __future__ import annotations

@@ -60,7 +60,12 @@ def plan_float8(
         raise ConfigError("float8.recipe", recipe, 'needs torchao: pip install "torchao>=0.17", or set it to "none"')
     if not section.emulate:
         if device is not None:
-            _check_device(section, device, compiled)
+            _check_device(recipe, device)
+        if not compiled and not section.allow_eager:
+            reason = (
+                "is slower than bfloat16 without compilation; set compile.enable, or float8.allow_eager to run it so"
+            )
+            raise ConfigError("float8.recipe", recipe, reason)
         if n_tokens % MULTIPLE and recipe != "rowwise_with_gw_hp":
             reason = (
                 f"a microbatch has {n_tokens} tokens per rank (local_batch_size x seq_len / context ranks) and "
@@ -77,8 +82,7 @@ def plan_float8(
     )
 
 
-def _check_device(section: Float8Config, device: torch.device, compiled: bool) -> None:
-    recipe = section.recipe
+def _check_device(recipe: str, device: torch.device) -> None:
     if device.type != "cuda":
         reason = 'products in float8 need a GPU; set float8.emulate (slow, for tests), or recipe = "none"'
         raise ConfigError("float8.recipe", recipe, reason)
@@ -86,9 +90,6 @@ def _check_device(section: Float8Config, device: torch.device, compiled: bool) -
     if torch.cuda.get_device_capability(device) < needed:
         name = torch.cuda.get_device_name(device)
         reason = f'needs a GPU of compute capability {needed[0]}.{needed[1]}, and this is {name}; set it to "none"'
-        raise ConfigError("float8.recipe", recipe, reason)
-    if not compiled and not section.allow_eager:
-        reason = "is slower than bfloat16 without compilation; set compile.enable, or float8.allow_eager to run it so"
         raise ConfigError("float8.recipe", recipe, reason)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from inductor_graphs import inductor_without_kernels
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -362,11 +363,11 @@ def _fresh_compiler() -> Iterator[None]:
     apply_activation_checkpoint(build("full"), "none")  # the budget is torch's, for the whole process
 
 
-def compiled(name: str, mode: str, **options: Any) -> LT2:
+def compiled(name: str, mode: str, backend: Any = "aot_eager", **options: Any) -> LT2:
     model = build(name)
     apply_activation_checkpoint(model, mode, is_compiled=True, **options)
     for block in model.core.blocks:
-        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
     return model
 
 
@@ -408,6 +409,30 @@ def test_a_memory_budget_is_kept() -> None:
     assert everything > saved[0] > saved[1] > saved[2]
     assert all(torch.equal(g[name], value) for g in all_gradients[1:] for name, value in all_gradients[0].items())
     assert saved[2] == least - context.positions.nbytes
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("name", "mode", "budget"),
+    [
+        ("full", "memory_budget", 0.5),
+        ("gdn+full", "memory_budget", 0.3),
+        ("full", "selective", 1.0),
+        pytest.param("gdn+full", "selective", 1.0, marks=pytest.mark.wide),
+        pytest.param("gdn+full", "memory_budget", 0.7, marks=pytest.mark.wide),
+    ],
+)
+def test_compiled_blocks_save_what_is_predicted(name: str, mode: str, budget: float) -> None:
+    """Byte for byte, with the partitioner of inductor, which the prediction asks."""
+    model = compiled(name, mode, inductor_without_kernels, **({"memory_budget": budget} if budget < 1 else {}))
+    gradients(model, batch())  # compiles
+    h, context = core_inputs(model, batch())
+    found = saved_bytes(model, h, context)
+    sizes = core_memory(
+        build(name), batch_size=2, length=24, dtype=torch.float32, is_compiled=True, memory_budget=budget
+    )
+    plan = recompute_plan("none" if mode == "memory_budget" else mode, 0)
+    assert sizes.under(plan).kept == found + context.positions.nbytes  # which autograd does not need
 
 
 @pytest.mark.parametrize(

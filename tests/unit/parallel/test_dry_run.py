@@ -71,7 +71,9 @@ def test_what_a_gpu_would_refuse_is_refused() -> None:
     pytest.importorskip("torchao")
     lengths = ("--training.seq_len", "31", "--validation.seq_len", "31")
     with pytest.raises(ConfigError, match="62 tokens per rank"):
-        sizes(4, "--float8.recipe", "tensorwise", "--float8.min_size", "16", *lengths)
+        sizes(4, "--float8.recipe", "tensorwise", "--float8.min_size", "16", "--float8.allow_eager", *lengths)
+    with pytest.raises(ConfigError, match="slower than bfloat16 without compilation"):
+        sizes(4, "--float8.recipe", "tensorwise", "--float8.min_size", "16")
 
 
 @pytest.mark.parametrize("policy", ["per_pass", "per_visit"])
@@ -125,7 +127,7 @@ def test_context_ranks_are_shards_with_a_stretch_each() -> None:
     assert shorter["activations kept"] < found["activations kept"] < 3 * shorter["activations kept"]
 
 
-FLOAT8 = ("--float8.recipe", "tensorwise", "--float8.no_auto_filter")
+FLOAT8 = ("--float8.recipe", "tensorwise", "--float8.no_auto_filter", "--float8.allow_eager")
 
 
 def test_float8_gathers_one_byte_of_what_it_multiplies() -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 from torch.autograd.graph import saved_tensors_hooks
 
 pytest.importorskip("torchao", reason="float8 needs torchao")
 
 from float8_models import CPU, GATHERED, N_MAPS, ROWWISE, TENSORWISE, build, config, microbatches
+from inductor_graphs import inductor_without_kernels
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from lt2titan.config.section import ConfigError
@@ -197,11 +196,6 @@ def test_it_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------
-
-
-def inductor_without_kernels(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-    """As a backend: its graphs as they are before kernels are made of them, which takes the most time."""
-    return compile_fx(graph, inputs, inner_compile=lambda graph, inputs, **options: make_boxed_func(graph))
 
 
 @pytest.mark.parametrize(

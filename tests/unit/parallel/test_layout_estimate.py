@@ -25,7 +25,7 @@ RECIPE = ROOT / "train_configs" / "lt2_1.3b.toml"
 ONE_GPU = Layout()
 
 
-# (mode, sequences, microbatches, compiled, measured GiB): docs/benchmarks.md, one H200, bf16.
+# (mode, sequences, microbatches, compiled, measured GiB): one H200, bf16; most of them in docs/benchmarks.md.
 MEASURED = [
     ("block", 4, 1, False, 31.6),
     ("block", 4, 2, False, 36.8),
