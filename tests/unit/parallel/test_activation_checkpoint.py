@@ -7,9 +7,6 @@ import os
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from inductor_graphs import inductor_without_kernels
+from checkpoint_models import (
+    CONFIGS,
+    CPU,
+    EXECUTIONS,
+    N_LOOPS,
+    batch,
+    build,
+    core_inputs,
+    executions,
+    gradients,
+    n_bytes,
+    saved_bytes,
+)
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,14 +35,11 @@ from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
-from lt2titan.kernels import dplr_delta_rule, gated_delta_rule, short_convolution
 from lt2titan.model.block import Block
-from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.looped_core import LoopObserver
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import DSAConfig, FullConfig, GDNConfig, MixersConfig, NSAConfig, RWKV7Config
 from lt2titan.parallel import activation_checkpoint
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint, recompute_plan
 from lt2titan.parallel.activation_memory import core_memory
@@ -43,66 +48,7 @@ from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
-CPU = torch.device("cpu")
 SCOPED = ["block", "selective", "loop", "nested"]
-N_LOOPS = 3
-
-
-def config(common: str, **changes: Any) -> ModelConfig:
-    """Three layers, the last of them full attention."""
-    mixers = MixersConfig(
-        full=FullConfig(n_heads=2, output_gate=True),
-        gdn=GDNConfig(n_heads=2),
-        rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
-        nsa=NSAConfig(n_heads=2, block_size=2, n_blocks=3, window=3),
-        dsa=DSAConfig(n_heads=2, top_k=4, n_index_heads=2, index_head_dim=4),
-    )
-    settings: dict[str, Any] = {"hybrid": HybridConfig(mixer="full", ratio=2), "mixers": mixers, **changes}
-    return ModelConfig(vocab_size=19, dim=16, n_layers=3, n_loops=N_LOOPS, mixer=common, ffn_dim=24, **settings)
-
-
-CONFIGS = {
-    "full": config("full", hybrid=HybridConfig()),
-    "gdn+full": config("gdn"),
-    "rwkv7+full": config("rwkv7"),
-    # The carry's writer is the top layer.
-    "full+rwkv7": config("full", hybrid=HybridConfig(mixer="rwkv7", ratio=2)),
-    "nsa+full": config("nsa"),
-    "gdn+dsa": config("gdn", hybrid=HybridConfig(mixer="dsa", ratio=2)),
-    "window per loop": config("gdn", loop=LoopConfig(windows=[-1, 6, 3])),
-}
-
-
-def build(name: str, mode: str = "none", skip_last_loops: int = 0) -> LT2:
-    model = build_on_meta(CONFIGS[name], "reference")
-    apply_activation_checkpoint(model, mode, skip_last_loops=skip_last_loops)
-    materialise(model, CPU, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name == "core.rho" or "gate_proj" in parameter_name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return model
-
-
-def batch(is_packed: bool = False, length: int = 24) -> dict[str, Tensor]:
-    tokens = torch.randint(0, 19, (2, length), generator=torch.Generator().manual_seed(2))
-    if not is_packed:
-        return {"tokens": tokens, "targets": tokens}
-    ends = [0, 5, length + 3, 2 * length]  # a document crosses the rows
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)]).view(2, length)
-    return {
-        "tokens": tokens,
-        "targets": tokens,
-        "positions": positions,
-        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
-    }
-
-
-def gradients(model: LT2, inputs: dict[str, Tensor], **loops: int) -> dict[str, Tensor]:
-    loss = model(**inputs, max_seqlen=48, **loops)
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
@@ -162,17 +108,6 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def core_inputs(model: LT2, inputs: dict[str, Tensor]) -> tuple[Tensor, Context]:
-    """What the core is called with."""
-    seen: list[Any] = []
-    hook = model.core.register_forward_pre_hook(lambda _, args: seen.extend(args[:2]))
-    with torch.no_grad():
-        model(**inputs, max_seqlen=48)
-    hook.remove()
-    h, context = seen
-    return h.requires_grad_(), context
-
-
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_kept_is_as_predicted(name: str, is_packed: bool) -> None:
@@ -192,7 +127,7 @@ def test_what_is_kept_is_as_predicted(name: str, is_packed: bool) -> None:
             with Live(given) as live:
                 y, _ = model.core(h, context, **loops)
             # The shared tensors were there before, the first loop's input too; the output is nothing that is kept.
-            kept = live.now + sizes.shared - _n_bytes(y) + (0 if "n_backward_loops" in loops else sizes.input)
+            kept = live.now + sizes.shared - n_bytes(y) + (0 if "n_backward_loops" in loops else sizes.input)
             predicted = sizes.under(recompute_plan(mode, skip_last_loops), **loops)
             # RWKV7's token shift keeps an index of the documents, whose length depends on where they end.
             tolerance = 1e-3 if is_packed and "rwkv7" in name else 0
@@ -208,7 +143,7 @@ def test_the_peak_is_as_predicted() -> None:
     sizes = core_memory(model, batch_size=2, length=256, dtype=torch.float32)
     h, context = core_inputs(model, batch(length=256))
     under_way = 2 * sizes.input * (model.config.dim + model.config.ffn_width) / model.config.dim
-    of_weights = sum(_n_bytes(parameter) for parameter in model.core.parameters())
+    of_weights = sum(n_bytes(parameter) for parameter in model.core.parameters())
     for mode, skip_last_loops in [("none", 0), *((mode, skip) for mode in SCOPED for skip in (0, 1))]:
         apply_activation_checkpoint(model, mode, skip_last_loops=skip_last_loops)
         model.zero_grad()
@@ -221,25 +156,6 @@ def test_the_peak_is_as_predicted() -> None:
         assert predicted <= peak <= predicted + 1.01 * under_way, (mode, skip_last_loops)
 
 
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
-def saved_bytes(model: LT2, h: Tensor, context: Context) -> int:
-    """Storages that autograd packs, weights left out."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda t: t):
-        model.core(h, context)
-    storages = {t.untyped_storage()._cdata: _n_bytes(t) for t in saved}
-    return sum(size for key, size in storages.items() if key not in weights)
-
-
 def test_none_is_what_autograd_saves() -> None:
     """By another measure."""
     model = build("gdn+full")
@@ -247,31 +163,6 @@ def test_none_is_what_autograd_saves() -> None:
     sizes = core_memory(model, batch_size=2, length=24, dtype=torch.float32)
     positions = context.positions.nbytes  # which autograd does not need
     assert sizes.under(recompute_plan("none", 0)).kept == saved_bytes(model, h, context) + positions
-
-
-EXECUTIONS = {"none": 1, "selective": 1, "block": 2, "loop": 2, "nested": 3}
-
-
-@contextmanager
-def executions() -> Iterator[Counter[str]]:
-    """How often the reference operators compute their outputs; in their backward pass they do it for torch.func.vjp,
-    which does not count."""
-    counts: Counter[str] = Counter()
-
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(first: Any, *rest: Any) -> Any:
-            counts[name] += not torch._C._functorch.is_gradtrackingtensor(tree_leaves(first)[0])
-            return function(first, *rest)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (gated_delta_rule, dplr_delta_rule):
-            operator = module.OPERATOR
-            patch.setattr(operator, "reference", counted(operator.name, operator.reference))
-        convolution = short_convolution.short_convolution_reference
-        patch.setattr(short_convolution, "short_convolution_reference", counted("short_convolution", convolution))
-        yield counts
 
 
 @pytest.mark.parametrize("mode", EXECUTIONS)
@@ -353,86 +244,6 @@ def test_operators_that_selective_names_exist() -> None:
     known = set(torch._C._dispatch_get_all_op_names())
     for name in activation_checkpoint.KEPT_OPERATORS | activation_checkpoint.RECOMPUTED_OPERATORS:
         assert any(op == name or op.startswith(f"{name}.") for op in known), name
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    apply_activation_checkpoint(build("full"), "none")  # the budget is torch's, for the whole process
-
-
-def compiled(name: str, mode: str, backend: Any = "aot_eager", **options: Any) -> LT2:
-    model = build(name)
-    apply_activation_checkpoint(model, mode, is_compiled=True, **options)
-    for block in model.core.blocks:
-        block.compile(backend=backend, fullgraph=True, dynamic=False)
-    return model
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "selective",
-        "nested",
-        *(pytest.param(mode, marks=pytest.mark.wide) for mode in ("block", "loop", "memory_budget")),
-    ],
-)
-def test_compiled_blocks(mode: str) -> None:
-    """The gradients of none; and an operator that is to be kept runs once in compiled blocks too."""
-    expected = gradients(build("rwkv7+full"), batch())
-    model = compiled("rwkv7+full", mode)
-    got = gradients(model, batch())
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
-    with executions() as counts:
-        gradients(model, batch())
-    if mode != "memory_budget":  # there it is torch's choice
-        assert counts["dplr_delta_rule"] == 2 * N_LOOPS * EXECUTIONS[mode]
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_memory_budget_is_kept() -> None:
-    """Less is saved the smaller the budget; without any, the inputs of the blocks and what they share, as in mode
-    block. Gradients stay as they are without one, bit for bit."""
-    saved, all_gradients = [], []
-    for budget in (1.0, 0.5, 0.0):
-        torch._dynamo.reset()
-        model = compiled("full", "memory_budget", memory_budget=budget)
-        all_gradients.append(gradients(model, batch()))  # compiles; the budget is divided up then
-        h, context = core_inputs(model, batch())
-        saved.append(saved_bytes(model, h, context))
-    sizes = core_memory(model, batch_size=2, length=24, dtype=torch.float32)
-    everything, least = (sizes.under(recompute_plan(mode, 0)).kept for mode in ("none", "block"))
-    assert everything > saved[0] > saved[1] > saved[2]
-    assert all(torch.equal(g[name], value) for g in all_gradients[1:] for name, value in all_gradients[0].items())
-    assert saved[2] == least - context.positions.nbytes
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(
-    ("name", "mode", "budget"),
-    [
-        ("full", "memory_budget", 0.5),
-        ("gdn+full", "memory_budget", 0.3),
-        ("full", "selective", 1.0),
-        pytest.param("gdn+full", "selective", 1.0, marks=pytest.mark.wide),
-        pytest.param("gdn+full", "memory_budget", 0.7, marks=pytest.mark.wide),
-    ],
-)
-def test_compiled_blocks_save_what_is_predicted(name: str, mode: str, budget: float) -> None:
-    """Byte for byte, with the partitioner of inductor, which the prediction asks."""
-    model = compiled(name, mode, inductor_without_kernels, **({"memory_budget": budget} if budget < 1 else {}))
-    gradients(model, batch())  # compiles
-    h, context = core_inputs(model, batch())
-    found = saved_bytes(model, h, context)
-    sizes = core_memory(
-        build(name), batch_size=2, length=24, dtype=torch.float32, is_compiled=True, memory_budget=budget
-    )
-    plan = recompute_plan("none" if mode == "memory_budget" else mode, 0)
-    assert sizes.under(plan).kept == found + context.positions.nbytes  # which autograd does not need
 
 
 @pytest.mark.parametrize(
