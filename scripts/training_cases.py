@@ -56,6 +56,9 @@ def _float8() -> Iterator[tuple[str, Case]]:
         for mode in MODES:
             yield f"float8/{mode}-{recipe}", Case((*_mode(mode), *COMPILED, f"float8.recipe={recipe}"))
     yield "float8/block-rowwise_with_gw_hp", Case((*_mode("block"), *COMPILED, "float8.recipe=rowwise_with_gw_hp"))
+    # What a compiler saves here: every scale and cast is kernels of its own.
+    eager = ("float8.recipe=tensorwise", "float8.allow_eager")
+    yield "float8/block-tensorwise-eager", Case(_mode("block") + eager)
     each_visit = ("float8.recipe=tensorwise", "float8.all_gather=off")
     yield "float8/block-tensorwise-each-visit", Case(_mode("block") + COMPILED + each_visit)
 
@@ -79,6 +82,11 @@ def _profile() -> Iterator[tuple[str, Case]]:
     """Where the time of a step goes."""
     yield "profile/block-eager", Case(_mode("block"), n_steps=8, is_profiled=True)
     yield "profile/block-compiled", Case(_mode("block") + COMPILED, n_steps=8, is_profiled=True)
+    # Beside each other: weights in float8 that are cast once, and those that a compiled block casts for itself.
+    tensorwise = (*_mode("block"), *COMPILED, "float8.recipe=tensorwise")
+    yield "profile/block-tensorwise", Case(tensorwise, n_steps=10, is_profiled=True)
+    each_visit = (*tensorwise, "float8.all_gather=off")
+    yield "profile/block-tensorwise-each-visit", Case(each_visit, n_steps=10, is_profiled=True)
     fastest = (*_mode("selective"), *COMPILED, "float8.recipe=tensorwise")
     yield "profile/selective-tensorwise", Case(fastest, n_steps=8, is_profiled=True)
 

@@ -6,9 +6,7 @@ at most SLACK times as far from the truth.
 
 from __future__ import annotations
 
-import pickle
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +17,6 @@ if not torch.cuda.is_available():
 from lt2titan.kernels.backend import resolve_backend
 from lt2titan.kernels.check.__main__ import limit_tuning
 from lt2titan.kernels.packing import make_chunk_indices
-from lt2titan.metrics.config import ProfilingConfig
-from lt2titan.metrics.profiler import maybe_profile
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
@@ -43,18 +39,6 @@ def config(mixer: str) -> ModelConfig:
             sizes.n_heads = 2
     hybrid = HybridConfig(mixer="" if mixer == "full" else "full", ratio=1)
     return ModelConfig(vocab_size=512, dim=256, n_layers=2, n_loops=2, mixer=mixer, hybrid=hybrid, mixers=mixers)
-
-
-def test_memory_snapshots_are_written(tmp_path: Path) -> None:
-    options = ProfilingConfig(enable_memory_snapshot=True, profile_freq=2)
-    with maybe_profile(options, tmp_path, rank=0, device=CUDA) as profiler:
-        for _ in range(4):
-            torch.zeros(1000, device=CUDA)
-            profiler.step()
-    for step in (2, 4):
-        path = tmp_path / f"memory_snapshots/iteration_{step}/rank0_memory_snapshot.pickle"
-        snapshot = pickle.loads(path.read_bytes())
-        assert snapshot["segments"] and any(snapshot["device_traces"])
 
 
 @pytest.fixture(scope="module", params=MixersConfig.names())

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
@@ -63,6 +64,18 @@ def test_gradients_are_those_of_none_to_the_last_bit(name: str, is_packed: bool)
             assert got.keys() == expected.keys()
             for key, value in expected.items():
                 assert torch.equal(got[key], value), (mode, skip_last_loops, loops, key)
+
+
+@pytest.mark.parametrize("mode", SCOPED)
+def test_recomputing_to_the_end_changes_nothing(mode: str) -> None:
+    """As recording memory on a GPU asks for."""
+    inputs = batch(length=12)
+    expected = gradients(build("rwkv7+full", mode), inputs)
+    with set_checkpoint_early_stop(False):
+        got = gradients(build("rwkv7+full", mode), inputs)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
 
 
 @pytest.mark.parametrize("mode", SCOPED)
