@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-from torchao.float8.float8_training_tensor import Float8TrainingTensor, GemmInputRole, hp_tensor_and_scale_to_float8
-from torchao.float8.float8_utils import amax_to_scale
+from torchao.float8.float8_training_tensor import Float8TrainingTensor
+from torchao.float8.float8_utils import amax_to_scale, to_fp8_saturated
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor as TorchaoShard
 
 from lt2titan.model.layers import Linear
@@ -62,10 +62,8 @@ class Float8Shard(TorchaoShard):  # type: ignore[misc]  # torchao has no types
             raise RuntimeError("weights that are gathered in float8 have no scales yet: call update_scales first")
         data = module.cast
         if data is None:
-            role = GemmInputRole.WEIGHT
-            data = hp_tensor_and_scale_to_float8(
-                self._tensor, module.scale, self._dtype, self._linear_mm_config, role
-            )._data
+            # torchao's hp_tensor_and_scale_to_float8 without its autograd, for which the GPU would wait at every map.
+            data = to_fp8_saturated(self._tensor.float() * module.scale, self._dtype)
             n_missing = -(-outer_size[0] // mesh.size()) - data.shape[0]
             if n_missing:  # F.pad knows no float8
                 data = F.pad(data.view(torch.uint8), (0, 0, 0, n_missing)).view(self._dtype)
@@ -114,5 +112,7 @@ def update_scales(model: nn.Module, keeps_casts: bool) -> None:
     dist.all_reduce(amax, dist.ReduceOp.MAX)
     config: Any = linears[0].config
     scales = amax_to_scale(amax, config.cast_config_weight.target_dtype)
-    for linear, scale in zip(linears, scales.unbind(), strict=True):
+    # Each at an address that 16 bytes divide: compiled blocks copy those of others at every visit.
+    aligned = F.pad(scales[:, None], (0, 16 // scales.itemsize - 1))[:, 0]
+    for linear, scale in zip(linears, aligned.unbind(), strict=True):
         linear.scale, linear.keeps_cast, linear.cast = scale, keeps_casts, None

@@ -75,14 +75,15 @@ def counted_casts() -> Iterator[Counter[str]]:
 
     def counting(when: str, cast: Any) -> Any:
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            counts[when] += GemmInputRole.WEIGHT in (*args, kwargs.get("gemm_input_role"))
+            is_weight = when == "gathered" or GemmInputRole.WEIGHT in (*args, kwargs.get("gemm_input_role"))
+            counts[when] += is_weight
             return cast(tensor, *args, **kwargs)
 
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
         for when, module, name in (
-            ("gathered", lt2titan.parallel.float8_linear, "hp_tensor_and_scale_to_float8"),
+            ("gathered", lt2titan.parallel.float8_linear, "to_fp8_saturated"),
             ("multiplied", torchao.float8.float8_linear, "hp_tensor_to_float8_dynamic"),
         ):
             patch.setattr(module, name, counting(when, getattr(module, name)))

@@ -179,15 +179,15 @@ def count_casts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     def counting(cast: Any) -> Any:
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            role = kwargs.get("gemm_input_role") or next(a for a in args if isinstance(a, GemmInputRole))
-            counts[role.name] += 1
+            roles = [a for a in (*args, *kwargs.values()) if isinstance(a, GemmInputRole)]
+            counts[roles[0].name if roles else "WEIGHT"] += 1
             return cast(tensor, *args, **kwargs)
 
         return counted
 
     places = [
         (torchao.float8.float8_linear, "hp_tensor_to_float8_dynamic"),  # at every visit
-        (lt2titan.parallel.float8_linear, "hp_tensor_and_scale_to_float8"),  # when it is gathered
+        (lt2titan.parallel.float8_linear, "to_fp8_saturated"),  # weights, when they are gathered
     ]
     for module, name in places:
         monkeypatch.setattr(module, name, counting(getattr(module, name)))
@@ -230,6 +230,13 @@ def test_weights_without_scales_are_not_gathered() -> None:
             module.scale = None
     with pytest.raises(RuntimeError, match="call update_scales first"):
         model(microbatches()[0])
+
+
+def test_scales_are_aligned() -> None:
+    """Inductor copies what is not, at every call of a graph that it compiled for what is."""
+    scales = [module.scale for module in build(GATHERED).modules() if isinstance(module, Float8Linear)]
+    assert len(scales) == N_MAPS
+    assert all(scale is not None and scale.shape == () and scale.data_ptr() % 16 == 0 for scale in scales)
 
 
 def test_scales_of_gathered_weights_cannot_be_updated() -> None:
