@@ -9,6 +9,7 @@ import torch
 
 from lt2titan.config.job import JobConfig
 from lt2titan.model.lt2 import LT2
+from lt2titan.out_of_memory import ADVICE
 from lt2titan.parallel.activation_memory import CoreMemory, core_memory
 from lt2titan.parallel.float8 import apply_float8, plan_float8
 from lt2titan.parallel.layout import Layout
@@ -109,10 +110,10 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     if sizes["peak"] > usable:
         logger.warning(
             "a step is estimated to need %s, and the device has %s, of which temporary tensors take some: if it runs "
-            "out of memory, lower training.local_batch_size, recompute more (activation_checkpoint.mode), or use more "
-            "devices",
+            "out of memory, %s",
             _gib(sizes["peak"]),
             _gib(device_memory),
+            ADVICE,
         )
     return planned
 

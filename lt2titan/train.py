@@ -9,6 +9,7 @@ import os
 import sys
 import time
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lt2titan.checkpoint.storage import CheckpointError
@@ -19,9 +20,20 @@ from lt2titan.dry_run import show_dry_run
 from lt2titan.metrics.jsonl import MetricsWriteError
 from lt2titan.metrics.logging import init_logging
 from lt2titan.optim.guard import NonFiniteError
+from lt2titan.out_of_memory import DeviceMemoryError, explained
 from lt2titan.parallel.compile import RecompileError
 from lt2titan.parallel.distributed import process_group
 from lt2titan.trainer import Trainer
+
+MENDABLE = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceMemoryError,
+    MetricsWriteError,
+    NonFiniteError,
+    RecompileError,
+)
 
 
 @record
@@ -36,9 +48,9 @@ def main() -> None:
         if config.comm.mode == "fake_backend":
             show_dry_run(config, world_size_from_environment())
             return
-        with process_group() as device, Trainer(config, device) as trainer:
+        with process_group() as device, explained(config, dist.get_world_size()), Trainer(config, device) as trainer:
             trainer.train()
-    except (CheckpointError, ConfigError, DataError, MetricsWriteError, NonFiniteError, RecompileError) as error:
+    except MENDABLE as error:
         if rank != 0:  # torchrun's summary is the only place where the user sees what other ranks say
             if isinstance(error, ConfigError):  # rank 0 says the same in one line, and torchrun ends this wait
                 time.sleep(10)

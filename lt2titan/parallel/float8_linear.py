@@ -112,7 +112,7 @@ def update_scales(model: nn.Module, keeps_casts: bool) -> None:
     dist.all_reduce(amax, dist.ReduceOp.MAX)
     config: Any = linears[0].config
     scales = amax_to_scale(amax, config.cast_config_weight.target_dtype)
-    # Each at an address that 16 bytes divide: compiled blocks copy those of others at every visit.
+    # Each at an address that 16 bytes divide, or inductor's graphs copy it at every visit (`get_input_idxs_to_check`).
     aligned = F.pad(scales[:, None], (0, 16 // scales.itemsize - 1))[:, 0]
     for linear, scale in zip(linears, aligned.unbind(), strict=True):
         linear.scale, linear.keeps_cast, linear.cast = scale, keeps_casts, None
