@@ -1,11 +1,9 @@
-"""What a run that does not fit into its device's memory says."""
+"""What a run says that does not fit into the memory of its device, or of the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from lt2titan.config.job import JobConfig
 
@@ -13,12 +11,12 @@ ADVICE = "lower training.local_batch_size, recompute more (activation_checkpoint
 
 
 class DeviceMemoryError(RuntimeError):
-    """A device ran out of memory."""
+    """A device, or the host, ran out of memory."""
 
 
 @contextmanager
 def explained(config: JobConfig, world_size: int) -> Iterator[None]:
-    """Around whatever allocates on a device, of ``world_size`` processes.
+    """Around whatever allocates, in each of ``world_size`` processes.
 
     Raises:
         DeviceMemoryError: in place of torch's error, with what that says first and the settings that matter.
@@ -26,14 +24,14 @@ def explained(config: JobConfig, world_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        text = str(error)
+        if "out of memory" not in text and "DefaultCPUAllocator" not in text:
             raise
-        what, _, _ = str(error).partition(" Including non-PyTorch memory")
         batch_size, _ = config.training.microbatches(config.parallelism.data_parallel_size(world_size))
-        mode = config.activation_checkpoint.mode
         raise DeviceMemoryError(
-            f"{what.rstrip('.')}. Microbatches of {batch_size} x {config.training.seq_len} tokens on each rank "
-            f"(training.local_batch_size, seq_len) do not fit with activation_checkpoint.mode = {mode!r}: {ADVICE}. "
-            "scripts/estimate.py foresees what a change saves; snapshots of CUDA memory "
-            "(profiling.enable_memory_snapshot) show what took it"
+            f"{text.strip()}\n"
+            f"The run does not fit: each rank has microbatches of {batch_size} x {config.training.seq_len} tokens "
+            "(training.local_batch_size, training.seq_len), and activation_checkpoint.mode = "
+            f"{config.activation_checkpoint.mode!r}; {ADVICE}. scripts/estimate.py foresees what a change saves; snapshots "
+            "of CUDA memory (profiling.enable_memory_snapshot) show what took it"
         ) from error

@@ -51,12 +51,12 @@ def _modes() -> Iterator[tuple[str, Case]]:
 
 
 def _float8() -> Iterator[tuple[str, Case]]:
-    """Compiled, in float8; compare with modes/*-compiled."""
+    """In float8, compiled but for one; compare with modes/*-compiled."""
     for recipe in ("tensorwise", "rowwise"):
         for mode in MODES:
             yield f"float8/{mode}-{recipe}", Case((*_mode(mode), *COMPILED, f"float8.recipe={recipe}"))
     yield "float8/block-rowwise_with_gw_hp", Case((*_mode("block"), *COMPILED, "float8.recipe=rowwise_with_gw_hp"))
-    # What a compiler saves here: every scale and cast is kernels of its own.
+    # Shows what compiling saves: eager, each scale and cast is several kernels.
     eager = ("float8.recipe=tensorwise", "float8.allow_eager")
     yield "float8/block-tensorwise-eager", Case(_mode("block") + eager)
     each_visit = ("float8.recipe=tensorwise", "float8.all_gather=off")

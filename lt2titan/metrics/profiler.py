@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +70,9 @@ def maybe_profile(
         if snapshots is None:
             yield traces
         else:
-            with snapshots:
+            # To stop recomputing early torch raises an exception, which is lost when what is freed on its way out is
+            # recorded ("returned NULL without setting an exception", torch 2.11).
+            with set_checkpoint_early_stop(False), snapshots:
                 yield _Both(traces, snapshots)
 
 
@@ -181,12 +183,8 @@ class _MemorySnapshots:
         self._config, self._step = config, start_step
         self._folder = dump_folder / config.save_memory_snapshot_folder
         self._file = f"rank{rank}_memory_snapshot.pickle"
-        self._whole_recomputation = ExitStack()
 
     def __enter__(self) -> None:
-        # To stop recomputing early torch raises an exception, which is lost when memory that is freed on its way out is
-        # recorded ("returned NULL without setting an exception", torch 2.11).
-        self._whole_recomputation.enter_context(set_checkpoint_early_stop(False))
         torch.cuda.memory._record_memory_history(max_entries=self._config.memory_snapshot_max_entries)
         logger.info("profiler: recording memory, a snapshot every %d steps", self._config.profile_freq)
 
@@ -194,7 +192,6 @@ class _MemorySnapshots:
         if isinstance(error, torch.OutOfMemoryError):
             self._dump(f"iteration_{self._step + 1}_out_of_memory")
         torch.cuda.memory._record_memory_history(enabled=None)
-        self._whole_recomputation.close()
 
     def step(self) -> None:
         self._step += 1

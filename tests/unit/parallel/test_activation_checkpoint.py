@@ -68,7 +68,7 @@ def test_gradients_are_those_of_none_to_the_last_bit(name: str, is_packed: bool)
 
 @pytest.mark.parametrize("mode", SCOPED)
 def test_recomputing_to_the_end_changes_nothing(mode: str) -> None:
-    """As recording memory on a GPU asks for."""
+    """Memory snapshots turn early stopping off."""
     inputs = batch(length=12)
     expected = gradients(build("rwkv7+full", mode), inputs)
     with set_checkpoint_early_stop(False):

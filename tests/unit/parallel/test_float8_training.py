@@ -177,20 +177,19 @@ def count_casts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Casts to float8 from now on, by what is cast."""
     counts: Counter[str] = Counter()
 
-    def counting(cast: Any) -> Any:
+    def counting(cast: Any, role: GemmInputRole | None = None) -> Any:
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            roles = [a for a in (*args, *kwargs.values()) if isinstance(a, GemmInputRole)]
-            counts[roles[0].name if roles else "WEIGHT"] += 1
+            counts[(role or kwargs["gemm_input_role"]).name] += 1
             return cast(tensor, *args, **kwargs)
 
         return counted
 
-    places = [
-        (torchao.float8.float8_linear, "hp_tensor_to_float8_dynamic"),  # at every visit
-        (lt2titan.parallel.float8_linear, "to_fp8_saturated"),  # weights, when they are gathered
+    places: list[tuple[Any, str, GemmInputRole | None]] = [
+        (torchao.float8.float8_linear, "hp_tensor_to_float8_dynamic", None),  # at every visit
+        (lt2titan.parallel.float8_linear, "to_fp8_saturated", GemmInputRole.WEIGHT),  # when it is gathered
     ]
-    for module, name in places:
-        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    for module, name, role in places:
+        monkeypatch.setattr(module, name, counting(getattr(module, name), role))
     return counts
 
 
