@@ -32,6 +32,6 @@ def explained(config: JobConfig, world_size: int) -> Iterator[None]:
             f"{text.strip()}\n"
             f"The run does not fit: each rank has microbatches of {batch_size} x {config.training.seq_len} tokens "
             "(training.local_batch_size, training.seq_len), and activation_checkpoint.mode = "
-            f"{config.activation_checkpoint.mode!r}; {ADVICE}. scripts/estimate.py foresees what a change saves; snapshots "
-            "of CUDA memory (profiling.enable_memory_snapshot) show what took it"
+            f"{config.activation_checkpoint.mode!r}; {ADVICE}. scripts/estimate.py foresees what a change saves; "
+            "snapshots of CUDA memory (profiling.enable_memory_snapshot) show what took it"
         ) from error
