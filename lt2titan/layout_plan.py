@@ -10,10 +10,13 @@ import torch
 from lt2titan.config.job import JobConfig
 from lt2titan.model.lt2 import LT2
 from lt2titan.out_of_memory import ADVICE
+from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import CoreMemory, core_memory
+from lt2titan.parallel.communication_estimate import Sent, of_activations, of_ends, of_parameters, together
 from lt2titan.parallel.float8 import apply_float8, plan_float8
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import memory_by_category
+from lt2titan.parallel.visit_collectives import visit_collectives
 
 logger = logging.getLogger("lt2titan")
 
@@ -157,6 +160,46 @@ def core_of(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, i
         is_compiled=is_compiled,
         memory_budget=recompute.memory_budget if recompute.mode == "memory_budget" else 1.0,
     )
+
+
+def communication(
+    config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, reduce_dtype: torch.dtype
+) -> dict[str, Sent]:
+    """What a device sends in an optimizer step, by collective and by the ranks that take part."""
+    batch_size, n_microbatches = _microbatches(config, layout)
+    recompute, n_loops, backward_loops = (
+        config.activation_checkpoint,
+        config.model.n_loops,
+        config.model.loop.backward_loops,
+    )
+    length = config.training.seq_len // layout.n_context
+    parameters = of_parameters(
+        model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
+    )
+    if layout.n_tensor == layout.n_context == 1:
+        return parameters
+    plan = recompute_plan(recompute.mode, recompute.skip_last_loops)
+    visits = visit_collectives(
+        model,
+        plan,
+        batch_size=batch_size,
+        length=length,
+        dtype=dtype,
+        n_documents=batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0,
+        n_context=layout.n_context,
+        n_tensor=layout.n_tensor,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    core = of_activations(visits, plan, n_microbatches=n_microbatches, n_loops=n_loops, n_backward_loops=backward_loops)
+    ends = of_ends(
+        model,
+        layout,
+        n_tokens=batch_size * length,
+        dtype=dtype,
+        n_microbatches=n_microbatches,
+        is_truncated=0 < backward_loops < n_loops,
+    )
+    return together(parameters, core, ends)
 
 
 def estimate_memory(

@@ -18,15 +18,13 @@ from rich.table import Table
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
 from lt2titan.config.section import ConfigError
-from lt2titan.layout_plan import convert_to_float8, core_of, estimate_memory, plan_layout
+from lt2titan.layout_plan import communication, convert_to_float8, core_of, estimate_memory, plan_layout
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.state import allocate
-from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import CoreMemory
-from lt2titan.parallel.communication_estimate import of_activations, of_parameters
 from lt2titan.parallel.layout import Layout
 
 
@@ -78,28 +76,16 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
     convert_to_float8(config, model, world_size)
     device_memory = device_memory or int(config.comm.device_memory_gib * 2**30)
     layout = plan_layout(config, model, world_size, dtype, device_memory)
-    core = core_of(config, model, layout, dtype)
-    as_compiled = core_of(config, model, layout, dtype, is_compiled=True) if is_compiled else core
-    memory = estimate_memory(config, model, layout, as_compiled, dtype, is_compiled)
-    _, n_microbatches = config.training.microbatches(config.parallelism.data_parallel_size(world_size))
-    n_loops, recompute = config.model.n_loops, config.activation_checkpoint
-    communication = of_parameters(
-        model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
-    ) | of_activations(
-        core,
-        layout,
-        recompute_plan(recompute.mode, recompute.skip_last_loops),
-        n_microbatches=n_microbatches,
-        n_loops=n_loops,
-        n_backward_loops=config.model.loop.backward_loops,
-    )
+    core = core_of(config, model, layout, dtype, is_compiled)
+    memory = estimate_memory(config, model, layout, core, dtype, is_compiled)
     return {
-        "activation_modes": of_modes(config, model, layout, dtype, as_compiled),
+        "activation_modes": of_modes(config, model, layout, dtype, core),
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
         "communication": {
-            name: {"count": sent.n_times, "bytes_sent": sent.n_bytes} for name, sent in communication.items()
+            name: {"count": sent.n_times, "bytes_sent": sent.n_bytes}
+            for name, sent in communication(config, model, layout, dtype, reduce_dtype).items()
         },
     }
 
@@ -130,9 +116,6 @@ def show_layout(result: dict[str, Any]) -> None:
         table.add_row(f"{name}, per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
     console = Console()
     console.print(table)
-    if result["layout"]["n_tensor"] > 1:
-        left_out = "embedding, head, loss, norms over all channels and indexers"
-        console.print(f"Left out: what {left_out} exchange over tensor ranks.")
     title = "by activation_checkpoint.mode, this layout"
     modes = Table("mode", *next(iter(result["activation_modes"].values())), title=title)
     for mode, sizes in result["activation_modes"].items():

@@ -16,10 +16,9 @@ blocks share (positions, rotary tables, layouts of key blocks). Not counted: wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,19 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.model.block import Block
-from lt2titan.model.context import Carry, Context, rotary_tables
-from lt2titan.model.looped_core import LoopedCore
+from lt2titan.model.context import Carry, Context
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.dsa import DSA
-from lt2titan.model.mixers.full import Full
 from lt2titan.model.recompute import RecomputePlan
-from lt2titan.model.shares import Share
-from lt2titan.model.stretch import find_stretch
 from lt2titan.parallel.activation_checkpoint import SELECTIVE, is_kept
 from lt2titan.parallel.compiled_memory import saved_by_compiled
-from lt2titan.parallel.float8 import zeros_as_gathered
+from lt2titan.parallel.fake_blocks import block_inputs, of_visits
 
 
 class ActivationMemory(NamedTuple):
@@ -68,9 +61,6 @@ class BlockMemory(NamedTuple):
     both: int  # in both of these
     carry: int  # written into the carry
     carry_selected: int  # of which mode selective keeps as well
-    gathers: int = 0  # all-gathers of the forward pass (context parallelism)
-    gathered: int = 0  # bytes that they return
-    gathers_whole: bool = False  # on every tensor-parallel rank all of them
 
 
 @dataclass(frozen=True)
@@ -159,70 +149,25 @@ def core_memory(
         n_context: context-parallel ranks, of whose rows these are the last stretches.
         is_compiled: blocks are compiled, within ``memory_budget``.
     """
-    core = model.core
     with FakeTensorMode(), nullcontext() if is_compiled else torch.compiler.set_stance("force_eager"):
-        shape = (1, batch_size * length) if n_documents else (batch_size, length)
-        positions = torch.zeros(shape, dtype=torch.int64)
-        widths = {width for block in core.blocks for width in block.mixer.rotary_dims}
-        rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
-        cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
-        sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
-        length_k = n_context * shape[1]
-        layouts = {
-            size: block_layout(*shape, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens)
-            for size in sorted(sizes)
-        }
-        stretch = None
-        if n_context > 1:
-            share = Share(n_context - 1, n_context, "shapes alone")  # fake collectives ask for no group
-            stretch = find_stretch(torch.zeros(batch_size, length, dtype=torch.int64), share, cu_seqlens, cu_seqlens)
-        max_seqlen = length * n_context
-        context = Context(positions, rotary, cu_seqlens, None, max_seqlen, stretch=stretch, key_blocks=layouts)
-        h = torch.zeros(*shape, model.config.dim, dtype=dtype, requires_grad=True)
-        carry: Carry = {}
-        for block in core.blocks:
-            carry.update(block.mixer.initial_carry(h, context))
-        known: dict[Any, BlockMemory] = {}
+        h, context, carry = block_inputs(
+            model, batch_size=batch_size, length=length, dtype=dtype, n_documents=n_documents, n_context=n_context
+        )
         measure = partial(_compiled_block_memory, memory_budget) if is_compiled else _block_memory
-        blocks = [
-            [_visit(core, layer, loop, h, context, carry, known, measure) for layer in range(len(core.blocks))]
-            for loop in range(core.n_loops)
-        ]
+        blocks = of_visits(model.core, h, context, carry, measure)
         return CoreMemory(_bytes([h]), _bytes(carry.values()), _bytes(tree_leaves(_shared(context))), blocks)
-
-
-def _visit(
-    core: LoopedCore,
-    layer: int,
-    loop: int,
-    h: Tensor,
-    context: Context,
-    carry: Carry,
-    known: dict[Any, BlockMemory],
-    measure: Callable[..., BlockMemory],
-) -> BlockMemory:
-    block: Block = core.blocks[layer]
-    window, reuses = core.window(loop), core.reuses_selection(loop)
-    shapes = tuple((name, p.shape) for name, p in block.named_parameters())
-    kinds = tuple(type(module) for module in block.modules())  # a mixer's, and which maps are in float8
-    way = window if isinstance(block.mixer, Full) else reuses if isinstance(block.mixer, DSA) else None
-    key = (kinds, shapes, way)
-    if key not in known:
-        fake = deepcopy(block, {id(p): zeros_as_gathered(p, h.dtype) for p in block.parameters()})
-        known[key] = measure(fake, h, replace(context, window=window, reuses_selection=reuses), carry)
-    return known[key]
 
 
 def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> BlockMemory:
     saved: list[Tensor] = []
-    selected, gathered = _Outputs(is_kept), _Outputs(_gathers)
+    selected = _Outputs(is_kept)
 
     def keep(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
     like_gpu = nullcontext() if block.mixer.backend == "reference" else _FusedNorms()
-    with saved_tensors_hooks(keep, lambda t: t), selected, gathered, like_gpu:
+    with saved_tensors_hooks(keep, lambda t: t), selected, like_gpu:
         y, written = block(h, context, carry)
     given = _storages([h, y, *carry.values(), *tree_leaves(_shared(context)), *block.parameters()])
     of_autograd = {key: n for key, n in _storages(saved).items() if key not in given}
@@ -234,17 +179,7 @@ def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> Bl
         both=sum(n for key, n in of_policy.items() if key in of_autograd),
         carry=sum(of_carry.values()),
         carry_selected=sum(n for key, n in of_carry.items() if key in of_policy),
-        gathers=len(gathered.tensors),
-        gathered=sum(t.nbytes for t in gathered.tensors),
-        gathers_whole=block.mixer.keys_are_whole,
     )
-
-
-def _gathers(operator: Any) -> bool:
-    return isinstance(operator, torch._ops.OpOverload) and operator._schema.name == _ALL_GATHER
-
-
-_ALL_GATHER = "_c10d_functional::all_gather_into_tensor"
 
 
 def _compiled_block_memory(

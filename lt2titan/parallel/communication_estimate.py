@@ -1,21 +1,24 @@
-"""What ranks send each other in an optimizer step, from sizes alone: no devices, no processes.
+"""What ranks send each other in an optimizer step, from sizes alone: no devices, no processes. Collectives are counted
+as rings (`visit_collectives.ring`).
 
-Collectives are counted as rings: of n ranks each sends (n - 1) / n of what is gathered or reduced and scattered, and
-twice that in an all-reduce.
+Left out is what is small: numbers for the log, gradient norms and scales of float8 over all ranks, and, over tensor
+ranks, gradients of the gains and biases that are whole on each of them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
+from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.recompute import RecomputePlan
-from lt2titan.parallel.activation_memory import CoreMemory
 from lt2titan.parallel.float8 import gathered_bytes
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import n_own_embedding
+from lt2titan.parallel.visit_collectives import TENSOR, Collective, Visit, ring
 
 
 class Sent(NamedTuple):
@@ -47,70 +50,81 @@ def of_parameters(
     rounds = (again, 1) if layout.defers_reductions else (m, m)
     reduces = rounds[0] * n_blocks + rounds[1] * (1 + n_embeddings)
     reduced = (rounds[0] * in_core + rounds[1] * (root + embedding)) * reduce_dtype.itemsize
-    ring = _ring(layout.n_shards)
     result = {}
-    if ring:
-        result["all-gather"] = Sent(gathers, int(gathered * ring))
-        result["reduce-scatter"] = Sent(reduces, int(reduced * ring))
+    if layout.n_shards > 1:
+        result["all-gather"] = Sent(gathers, int(gathered * ring(layout.n_shards)))
+        result["reduce-scatter"] = Sent(reduces, int(reduced * ring(layout.n_shards)))
     if layout.n_replicas > 1:
-        result["all-reduce"] = Sent(reduces, int(2 * reduced * _ring(layout.n_replicas) / layout.n_shards))
+        result["all-reduce"] = Sent(reduces, int(2 * reduced * ring(layout.n_replicas) / layout.n_shards))
     return result
 
 
 def of_activations(
-    core: CoreMemory, layout: Layout, plan: RecomputePlan, *, n_microbatches: int, n_loops: int, n_backward_loops: int
+    visits: list[list[Visit]], plan: RecomputePlan, *, n_microbatches: int, n_loops: int, n_backward_loops: int
 ) -> dict[str, Sent]:
-    """What tensor and context parallelism send in the core. Left out: embedding, final norm, head and loss, which do
-    so once per microbatch and not per visit, sums over channels inside of mixers (HGRN2, Mamba-2), and what tensor-
-    parallel ranks gather of each other's heads to choose alike (nsa of one key head, dsa).
-
-    Tensor parallelism (see parallel/tensor_parallel.py) gathers or sums hidden states twice per visit and direction;
-    context parallelism gathers what mixers fetch of earlier stretches, and scatters gradients of it back. What is
-    computed again is sent again, but for what mode selective keeps.
+    """What tensor and context parallelism send in the core.
 
     Args:
-        core: of one microbatch on a rank, of whole hidden states; measured with the layout's stretches.
+        visits: as `visit_collectives` counts them, for the same ``plan``.
         n_loops, n_backward_loops: that run; 0 backward loops for all.
     """
     first = n_loops - (n_backward_loops or n_loops)
-    m, n_tensor = n_microbatches, layout.n_tensor
-    forward = scattered = backward = 0  # visits: forward passes that gather, those that scatter, backward passes
-    fetched = given = Sent(0, 0)
+    total: Counter[Collective] = Counter()
     for loop in range(n_loops):
         own = plan.of_loop(loop, n_loops)
-        again = own.loops + own.blocks if loop >= first else 0
-        is_kept = own.block_contexts is not None
-        n_blocks = len(core.blocks[loop])
-        forward += (1 + again) * n_blocks
-        scattered += (1 if is_kept else 1 + again) * n_blocks
-        backward += n_blocks if loop >= first else 0
-        # Heads are split, and what is gathered of earlier stretches with them; dsa's index keys count as if they were.
-        n_bytes = sum(b.gathered // (1 if b.gathers_whole else n_tensor) for b in core.blocks[loop])
-        gathers = Sent(sum(b.gathers for b in core.blocks[loop]), n_bytes)
-        fetched = _plus(fetched, gathers, 1 + again)
-        given = _plus(given, gathers, 1 if loop >= first else 0)
-    result = {}
-    ring = _ring(n_tensor)
-    if ring and layout.sequence_parallel:
-        # The backward pass of a gather is a scatter, and the other way round.
-        result["all-gather of tokens"] = _sent(2 * (forward + backward) * m, core.input * ring)
-        result["reduce-scatter of tokens"] = _sent(2 * (scattered + backward) * m, core.input * ring)
-    elif ring:
-        result["all-reduce of tokens"] = _sent(2 * (scattered + backward) * m, 2 * core.input * ring)
-    if layout.n_context > 1:
-        ring = _ring(layout.n_context)
-        result["all-gather of earlier stretches"] = Sent(fetched.n_times * m, int(fetched.n_bytes * m * ring))
-        result["reduce-scatter of their gradients"] = Sent(given.n_times * m, int(given.n_bytes * m * ring))
+        for visit in visits[loop]:
+            total += visit.forward
+            if loop >= first:
+                total += visit.backward
+                # A loop that is computed again runs to its end, where the residual gate is.
+                total += visit.forward if own.loops else Counter()
+                total += visit.again if own.blocks else Counter()
+    return _by_kind(total, n_microbatches)
+
+
+def of_ends(
+    model: LT2, layout: Layout, *, n_tokens: int, dtype: torch.dtype, n_microbatches: int, is_truncated: bool
+) -> dict[str, Sent]:
+    """What tensor parallelism sends before and after the core: the embedding's sum, what the final norm makes ready for
+    the head, and the loss's maxima and sums over the vocabulary, in the backward pass too.
+
+    Args:
+        n_tokens: of a microbatch on a rank.
+        is_truncated: gradients do not reach the embedding.
+    """
+    if layout.n_tensor == 1:
+        return {}
+    hidden = n_tokens * model.config.dim * dtype.itemsize * ring(layout.n_tensor)
+    total: Counter[Collective] = Counter()
+    if layout.sequence_parallel:
+        total[Collective("all-gather", TENSOR, int(hidden))] += 1 if is_truncated else 2
+        total[Collective("reduce-scatter", TENSOR, int(hidden))] += 2
+    else:
+        total[Collective("all-reduce", TENSOR, int(2 * hidden))] += 2
+    # Of each chunk a number per token, then two; chunks are computed again, unless there is only one.
+    number = 2 * torch.promote_types(dtype, torch.float32).itemsize * ring(layout.n_tensor)
+    times = 2 if n_tokens > CHUNK else 1
+    for start in range(0, n_tokens, CHUNK):
+        size = min(CHUNK, n_tokens - start)
+        total[Collective("all-reduce", TENSOR, int(number * size))] += times
+        total[Collective("all-reduce", TENSOR, int(2 * number * size))] += times
+    return _by_kind(total, n_microbatches)
+
+
+def together(*parts: dict[str, Sent]) -> dict[str, Sent]:
+    """What all of ``parts`` are, by name."""
+    result: dict[str, Sent] = {}
+    for part in parts:
+        for name, sent in part.items():
+            before = result.get(name, Sent(0, 0))
+            result[name] = Sent(before.n_times + sent.n_times, before.n_bytes + sent.n_bytes)
     return result
 
 
-def _sent(count: int, bytes_each: float) -> Sent:
-    return Sent(count, int(count * bytes_each))
-
-
-def _plus(total: Sent, more: Sent, times: int) -> Sent:
-    return Sent(total.n_times + times * more.n_times, total.n_bytes + times * more.n_bytes)
-
-
-def _ring(n: int) -> float:
-    return (n - 1) / n
+def _by_kind(collectives: Counter[Collective], n_microbatches: int) -> dict[str, Sent]:
+    return together(
+        *(
+            {f"{kind} over {axis} ranks": Sent(n * n_microbatches, n * n_microbatches * n_bytes)}
+            for (kind, axis, n_bytes), n in collectives.items()
+        )
+    )

@@ -42,10 +42,20 @@ def apply_tensor_parallel(model: LT2, mesh: DeviceMesh, sequence_parallel: bool)
     """
     check_tensor_parallel(model.config, mesh.size())
     share = Share(mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name)
-    splits = _split_parameters(model, mesh.size())
+    splits = split_parameters(model, mesh.size())
     for name, parameter in list(model.named_parameters()):
         placement: Placement = Shard(splits[name]) if name in splits else Replicate()
         _distribute(model, name, parameter, mesh, placement)
+    join_shares(model, share, sequence_parallel)
+    logger.info(
+        "tensor parallelism over %d ranks, residual stream %s",
+        mesh.size(),
+        "split by tokens (sequence parallel)" if sequence_parallel else "whole on every rank",
+    )
+
+
+def join_shares(model: LT2, share: Share, sequence_parallel: bool) -> None:
+    """Let the modules of ``model``, which have a share of their parameters, exchange what they need."""
     ready = partial(gather_tokens if sequence_parallel else to_shares, share=share)
     done = partial(_scatter, share=share) if sequence_parallel else partial(sum_shares, share=share)
     for module in model.modules():
@@ -58,14 +68,9 @@ def apply_tensor_parallel(model: LT2, mesh: DeviceMesh, sequence_parallel: bool)
         _at_end(block.mixer, done)
         _at_end(block.ffn, done)
     model.core.sees_all_tokens = not sequence_parallel
-    logger.info(
-        "tensor parallelism over %d ranks, residual stream %s",
-        mesh.size(),
-        "split by tokens (sequence parallel)" if sequence_parallel else "whole on every rank",
-    )
 
 
-def _split_parameters(model: LT2, n_ranks: int) -> dict[str, int]:
+def split_parameters(model: LT2, n_ranks: int) -> dict[str, int]:
     """Names of the parameters that ranks split, and the dimension."""
     splits = {"embedding.weight": 0, "head.weight": 0}
     for i, block in enumerate(model.core.blocks):

@@ -40,9 +40,13 @@ from lt2titan.model.mixers.config import (
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.parallel.activation_checkpoint import recompute_plan
+from lt2titan.parallel.communication_estimate import Sent, of_activations
 from lt2titan.parallel.fsdp import reshard
+from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
+from lt2titan.parallel.visit_collectives import visit_collectives
 
 CPU = torch.device("cpu")
 VOCABULARY, N_ROWS, LENGTH = 20, 4, 12
@@ -228,3 +232,32 @@ def run(n_ranks: int, work: Callable[[], None]) -> None:
 def in_turn(works: list[Callable[[], None]]) -> None:
     for work in works:
         work()
+
+
+def estimated_activations(
+    config: ModelConfig,
+    layout: Layout,
+    mode: str = "none",
+    *,
+    packed: bool = False,
+    n_microbatches: int = 1,
+    n_loops: int = 3,
+    n_backward_loops: int = 0,
+) -> dict[str, Sent]:
+    """What the core sends of one of `batches`, in fp64."""
+    plan = recompute_plan(mode, skip_last_loops=0)
+    cu_seqlens = batches(0, packed)[0].cu_seqlens
+    visits = visit_collectives(
+        build_on_meta(config, "reference"),
+        plan,
+        batch_size=2,
+        length=LENGTH // layout.n_context,
+        dtype=torch.float64,
+        n_documents=0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        n_context=layout.n_context,
+        n_tensor=layout.n_tensor,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    return of_activations(
+        visits, plan, n_microbatches=n_microbatches, n_loops=n_loops, n_backward_loops=n_backward_loops
+    )

@@ -17,6 +17,7 @@ from split_models import (
     check_evaluated,
     check_same,
     config,
+    estimated_activations,
     in_turn,
     loss_of,
     own_part,
@@ -43,7 +44,6 @@ from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.model.recompute import KEEP_ALL
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import core_memory
-from lt2titan.parallel.communication_estimate import of_activations
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.context_parallel import apply_context_parallel
 from lt2titan.parallel.distributed import fake_process_group
@@ -122,9 +122,7 @@ def collectives_per_visit() -> None:
         scatters = sum(n for event, n in counts.items() if "reduce_scatter" in event)
         assert gathers == n_gathers * n_visits, counts
         assert scatters == n_gathers * n_visits + n_groups, counts
-        core = core_memory(whole_model(config(name)), batch_size=2, length=6, dtype=torch.float64, n_context=2)
-        once = {"n_microbatches": 1, "n_loops": 3, "n_backward_loops": 0}
-        predicted = of_activations(core, Layout(n_context=2), KEEP_ALL, **once)
+        predicted = estimated_activations(config(name), Layout(n_context=2))
         assert [sent.n_times for sent in predicted.values()] == [n_gathers * n_visits] * 2
         assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name
 

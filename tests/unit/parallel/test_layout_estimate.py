@@ -197,7 +197,7 @@ def test_the_script_reports_a_layout_and_refuses_one_that_does_not_fit() -> None
     result = subprocess.run([*command, "--world-size", "4", "--json", *split], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["layout"]["n_shards"] == 4 and report["communication"]["all-gather of earlier stretches"]["count"]
+    assert report["layout"]["n_shards"] == 4 and report["communication"]["all-gather over context ranks"]["count"]
     split[1] = "3"
     result = subprocess.run([*command, "--world-size", "3", *split], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode != 0 and "does not divide training.seq_len = 32" in result.stderr

@@ -1,0 +1,92 @@
+"""Blocks of the core on tensors that have shapes and no memory: what a visit keeps or sends, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lt2titan.kernels.nsa.layout import block_layout
+from lt2titan.model.block import Block
+from lt2titan.model.context import Carry, Context, rotary_tables
+from lt2titan.model.looped_core import LoopedCore
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.dsa import DSA
+from lt2titan.model.mixers.full import Full
+from lt2titan.model.shares import Share
+from lt2titan.model.stretch import find_stretch
+from lt2titan.parallel.float8 import zeros_as_gathered
+
+CONTEXT = "context"
+"""The name of the context-parallel ranks' group, which fake collectives do not look for."""
+
+T = TypeVar("T")
+
+
+def block_inputs(
+    model: LT2,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    n_documents: int,
+    n_context: int,
+    n_token_shares: int = 1,
+) -> tuple[Tensor, Context, Carry]:
+    """Zeros that a block of ``model`` can be called with, in a FakeTensorMode: hidden states, of ``dtype``, of rows
+    (batch_size, length), and what comes with them.
+
+    Args:
+        n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
+        n_context: context-parallel ranks, of whose rows these are the last stretches.
+        n_token_shares: of the hidden states' tokens there is one such part (sequence parallelism).
+    """
+    core = model.core
+    shape = (1, batch_size * length) if n_documents else (batch_size, length)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    widths = {width for block in core.blocks for width in block.mixer.rotary_dims}
+    rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
+    cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
+    sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
+    length_k = n_context * shape[1]
+    layouts = {
+        size: block_layout(*shape, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens)
+        for size in sorted(sizes)
+    }
+    stretch = None
+    if n_context > 1:
+        share = Share(n_context - 1, n_context, CONTEXT)
+        stretch = find_stretch(torch.zeros(batch_size, length, dtype=torch.int64), share, cu_seqlens, cu_seqlens)
+    max_seqlen = length * n_context
+    context = Context(positions, rotary, cu_seqlens, None, max_seqlen, stretch=stretch, key_blocks=layouts)
+    own = (shape[0], shape[1] // n_token_shares, model.config.dim)
+    h = torch.zeros(own, dtype=dtype, requires_grad=True)
+    carry: Carry = {}
+    for block in core.blocks:
+        carry.update(block.mixer.initial_carry(h, context))
+    return h, context, carry
+
+
+def of_visits(
+    core: LoopedCore, h: Tensor, context: Context, carry: Carry, measure: Callable[[Block, Tensor, Context, Carry], T]
+) -> list[list[T]]:
+    """What ``measure`` finds of each visit, [loop][layer]; of those that are alike it is asked once."""
+    known: dict[Any, T] = {}
+
+    def found(layer: int, loop: int) -> T:
+        block: Block = core.blocks[layer]
+        window, reuses = core.window(loop), core.reuses_selection(loop)
+        shapes = tuple((name, p.shape) for name, p in block.named_parameters())
+        kinds = tuple(type(module) for module in block.modules())  # a mixer's, and which maps are in float8
+        way = window if isinstance(block.mixer, Full) else reuses if isinstance(block.mixer, DSA) else None
+        key = (kinds, shapes, way)
+        if key not in known:
+            fake = deepcopy(block, {id(p): zeros_as_gathered(p, h.dtype) for p in block.parameters()})
+            known[key] = measure(fake, h, replace(context, window=window, reuses_selection=reuses), carry)
+        return known[key]
+
+    return [[found(layer, loop) for layer in range(len(core.blocks))] for loop in range(core.n_loops)]

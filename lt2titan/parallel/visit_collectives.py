@@ -1,0 +1,142 @@
+"""What ranks send each other in a visit of a block, over tensor and context axes: blocks run on fake tensors, with
+fake collectives, forward and backward, and these are counted. So a new mixer needs no formula.
+
+Collectives are counted as rings: of n ranks each sends (n - 1) / n of what is gathered, or reduced and scattered, and
+twice that in an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lt2titan.model.block import Block
+from lt2titan.model.context import Carry, Context
+from lt2titan.model.lt2 import LT2
+from lt2titan.model.recompute import RecomputePlan, recomputed
+from lt2titan.model.shares import Share
+from lt2titan.parallel.fake_blocks import CONTEXT, block_inputs, of_visits
+from lt2titan.parallel.tensor_parallel import join_shares, split_parameters
+
+TENSOR = "tensor"
+
+
+class Collective(NamedTuple):
+    kind: str  # "all-gather", "reduce-scatter" or "all-reduce"
+    axis: str  # TENSOR or CONTEXT
+    n_bytes: int  # that a rank sends
+
+
+class Visit(NamedTuple):
+    """How often a visit has each `Collective`.
+
+    again: in a backward pass that computes the block again, beside ``backward``.
+    """
+
+    forward: Counter[Collective]
+    backward: Counter[Collective]
+    again: Counter[Collective]
+
+
+def ring(n: int) -> float:
+    """The part of a tensor that each of ``n`` ranks sends to have it gathered, or reduced and scattered."""
+    return (n - 1) / n
+
+
+def visit_collectives(
+    model: LT2,
+    plan: RecomputePlan,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    n_documents: int,
+    n_context: int,
+    n_tensor: int,
+    sequence_parallel: bool,
+) -> list[list[Visit]]:
+    """Of every visit, [loop][layer], in a microbatch on the last of the context-parallel ranks.
+
+    Args:
+        model: on ``meta``, not sharded; stays as it is.
+        plan: says how blocks are computed again, where they are.
+        batch_size, length, dtype, n_documents, n_context: as in `core_memory`.
+    """
+    model = _shares_of(model, n_tensor, sequence_parallel) if n_tensor > 1 else model
+    n_ranks = {TENSOR: n_tensor, CONTEXT: n_context}
+    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+        h, context, carry = block_inputs(
+            model,
+            batch_size=batch_size,
+            length=length,
+            dtype=dtype,
+            n_documents=n_documents,
+            n_context=n_context,
+            n_token_shares=n_tensor if sequence_parallel else 1,
+        )
+        return of_visits(model.core, h, context, carry, partial(_visit, plan, n_ranks))
+
+
+def _shares_of(model: LT2, n_tensor: int, sequence_parallel: bool) -> LT2:
+    """A copy with the first rank's parameters."""
+    splits = split_parameters(model, n_tensor)
+    shares = {}
+    for name, parameter in model.named_parameters():
+        share = parameter
+        if (dim := splits.get(name)) is not None:
+            share = nn.Parameter(parameter.detach().narrow(dim, 0, parameter.shape[dim] // n_tensor))
+        shares[id(parameter)] = share
+    copy = deepcopy(model, shares)
+    join_shares(copy, Share(0, n_tensor, TENSOR), sequence_parallel)
+    return copy
+
+
+def _visit(
+    plan: RecomputePlan, n_ranks: dict[str, int], block: Block, h: Tensor, context: Context, carry: Carry
+) -> Visit:
+    def run(is_recomputed: bool) -> tuple[Counter[Collective], Counter[Collective]]:
+        """Collectives of the forward pass, and of the backward pass."""
+        with _Collectives(n_ranks) as forward:
+            if is_recomputed and plan.block_contexts is not None:
+                y, written = block(h, context, carry, recompute=plan.block_contexts)
+            else:
+                y, written = recomputed(block, h, context, carry) if is_recomputed else block(h, context, carry)
+        with _Collectives(n_ranks) as backward:
+            torch.stack([x.sum() for x in (y, *written.values()) if x.requires_grad]).sum().backward()
+        return forward.counts, backward.counts
+
+    forward, backward = run(is_recomputed=False)
+    again = run(is_recomputed=True)[1] if plan.blocks else backward
+    return Visit(forward, backward, again - backward)
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts them by their group's name, which is that of an axis."""
+
+    def __init__(self, n_ranks: dict[str, int]) -> None:
+        super().__init__()
+        self._n_ranks = n_ranks
+        self.counts: Counter[Collective] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = KINDS.get(func._schema.name) if isinstance(func, torch._ops.OpOverload) else None
+        if kind is not None:
+            axis = args[-1]
+            n = self._n_ranks[axis]
+            whole = args[0].nbytes * (n if kind == "all-gather" else 1)
+            self.counts[Collective(kind, axis, int(whole * ring(n) * (2 if kind == "all-reduce" else 1)))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+KINDS = {
+    "_c10d_functional::all_gather_into_tensor": "all-gather",
+    "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
+    "_c10d_functional::all_reduce": "all-reduce",
+}
