@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lt2titan.config.loader import load_config_or_exit
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("config", "overrides", "warm_up", "steps")
+ENDING = (signal.SIGINT, signal.SIGTERM)
 OWN_DATA = ("training.dataset=synthetic", "training.dataset_path=", "data.no_streaming")
 """Instead of the recipe's, as in measure_training.py, when a case is only checked."""
 
@@ -105,10 +107,18 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
         command += [f"--{override}" for override in what["overrides"]]
         environment = os.environ | (cold_caches(Path(folder)) if case.is_cold else {})
         status: int | str
+        # A signal to end that comes while the case is started waits until there is something to end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         process = subprocess.Popen(
-            command, stdout=text, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=text,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING),
         )
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             status = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             status = f"not done after {arguments.timeout} s"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -69,7 +73,7 @@ def test_no_case_outlives_a_run_that_is_terminated(tmp_path: Path) -> None:
     arguments = ["--cases", "modes/block-eager", "--config", str(TINY), "--steps", "5000"]
     command = [sys.executable, script, *arguments, "--output", str(tmp_path / "results.jsonl")]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (cases := [child for child in process.children() if "measure_training" in " ".join(child.cmdline())]):
+    while not (cases := measuring(process)):
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
@@ -77,6 +81,40 @@ def test_no_case_outlives_a_run_that_is_terminated(tmp_path: Path) -> None:
     assert b"terminated" in said
     _, alive = psutil.wait_procs(cases, timeout=60)
     assert not alive
+
+
+def measuring(process: psutil.Popen) -> list[psutil.Process]:
+    found = []
+    for child in process.children():
+        with suppress(psutil.NoSuchProcess):  # some live for moments
+            found += [child] if "measure_training" in " ".join(child.cmdline()) else []
+    return found
+
+
+def test_a_case_that_is_just_being_started_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_training
+    from training_cases import CASES
+
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*args, **options))
+        os.kill(os.getpid(), signal.SIGTERM)  # before the caller knows of its process
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    arguments = benchmark_training.Arguments(config=TINY, steps=5000, output=tmp_path / "results.jsonl")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with pytest.raises(SystemExit, match="terminated"):
+            benchmark_training.run("modes/block-eager", CASES["modes/block-eager"], arguments, 0)
+        assert started[0].wait(timeout=10) == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        started[0].kill()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
