@@ -148,58 +148,73 @@ def choose(
 
 def core_of(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, is_compiled: bool = False) -> CoreMemory:
     """What the blocks of ``model`` keep of a microbatch."""
-    batch_size, _ = _microbatches(config, layout)
     recompute = config.activation_checkpoint
     return core_memory(
         model,
-        batch_size=batch_size,
-        length=config.training.seq_len // layout.n_context,
+        **_rows(config, layout),
         dtype=dtype,
-        n_documents=batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0,
         n_context=layout.n_context,
         is_compiled=is_compiled,
         memory_budget=recompute.memory_budget if recompute.mode == "memory_budget" else 1.0,
     )
 
 
-def communication(
+def _rows(config: JobConfig, layout: Layout) -> dict[str, int]:
+    """Of a microbatch, as a rank has them."""
+    batch_size, _ = _microbatches(config, layout)
+    return {
+        "batch_size": batch_size,
+        "length": config.training.seq_len // layout.n_context,
+        "n_documents": batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0,
+    }
+
+
+def estimate_communication(
     config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, reduce_dtype: torch.dtype
 ) -> dict[str, Sent]:
-    """What a device sends in an optimizer step, by collective and by the ranks that take part."""
-    batch_size, n_microbatches = _microbatches(config, layout)
-    recompute, n_loops, backward_loops = (
-        config.activation_checkpoint,
-        config.model.n_loops,
-        config.model.loop.backward_loops,
-    )
-    length = config.training.seq_len // layout.n_context
-    parameters = of_parameters(
+    """What a device sends in an optimizer step, by collective and by the ranks that take part. Attention over context
+    ranks is taken to gather keys.
+
+    Args:
+        model: as for `plan_layout`.
+        dtype, reduce_dtype: of compute and of the reduction of gradients.
+    """
+    _, n_microbatches = _microbatches(config, layout)
+    n_loops, n_backward_loops = config.model.n_loops, config.model.loop.backward_loops
+    of_fsdp = of_parameters(
         model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
     )
     if layout.n_tensor == layout.n_context == 1:
-        return parameters
-    plan = recompute_plan(recompute.mode, recompute.skip_last_loops)
+        return of_fsdp
+    rows = _rows(config, layout)
+    plan = recompute_plan(config.activation_checkpoint.mode, config.activation_checkpoint.skip_last_loops)
     visits = visit_collectives(
         model,
         plan,
-        batch_size=batch_size,
-        length=length,
+        **rows,
         dtype=dtype,
-        n_documents=batch_size * config.data.max_documents_per_sample if config.data.document_mask else 0,
         n_context=layout.n_context,
         n_tensor=layout.n_tensor,
         sequence_parallel=layout.sequence_parallel,
+        is_compiled=config.compile.enable,
     )
-    core = of_activations(visits, plan, n_microbatches=n_microbatches, n_loops=n_loops, n_backward_loops=backward_loops)
-    ends = of_ends(
+    of_core = of_activations(
+        visits,
+        plan,
+        n_microbatches=n_microbatches,
+        n_loops=n_loops,
+        n_backward_loops=n_backward_loops,
+        has_gate=config.model.loop.residual_gate,
+    )
+    of_rest = of_ends(
         model,
         layout,
-        n_tokens=batch_size * length,
+        n_tokens=rows["batch_size"] * rows["length"],
         dtype=dtype,
         n_microbatches=n_microbatches,
-        is_truncated=0 < backward_loops < n_loops,
+        is_truncated=0 < n_backward_loops < n_loops,
     )
-    return together(parameters, core, ends)
+    return together(of_fsdp, of_core, of_rest)
 
 
 def estimate_memory(

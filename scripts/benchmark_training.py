@@ -109,23 +109,26 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
         status: int | str
         # A signal to end that comes while the case is started waits until there is something to end.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        process = subprocess.Popen(
-            command,
-            stdout=text,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING),
-        )
+        process = None
         try:
+            process = subprocess.Popen(
+                command,
+                stdout=text,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING),
+            )
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             status = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             status = f"not done after {arguments.timeout} s"
-        finally:  # its compile workers too, which would disturb the next case
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        finally:
+            if process is not None:  # its compile workers too, which would disturb the next case
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         measured = json.loads(report.read_text()) if report.exists() else {"error": f"{status}: {last_words(log)}"}
     seconds = round(time.perf_counter() - start, 1)
     return {"case": name, "repeat": repeat, **what, "process_seconds": seconds, **measured}

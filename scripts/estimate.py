@@ -18,7 +18,7 @@ from rich.table import Table
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import load_config_or_exit
 from lt2titan.config.section import ConfigError
-from lt2titan.layout_plan import communication, convert_to_float8, core_of, estimate_memory, plan_layout
+from lt2titan.layout_plan import convert_to_float8, core_of, estimate_communication, estimate_memory, plan_layout
 from lt2titan.model.flops import count_parameters, scheduled_flops_per_token
 from lt2titan.model.init import build_on_meta
 from lt2titan.model.loop_schedule import LoopSchedule
@@ -85,7 +85,7 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
         "memory_bytes": memory,
         "communication": {
             name: {"count": sent.n_times, "bytes_sent": sent.n_bytes}
-            for name, sent in communication(config, model, layout, dtype, reduce_dtype).items()
+            for name, sent in estimate_communication(config, model, layout, dtype, reduce_dtype).items()
         },
     }
 

@@ -14,7 +14,7 @@ from lt2titan.model.block import Block
 from lt2titan.model.config import FULL_WINDOW, ModelConfig
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.mixers.base import State
-from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, recomputed
+from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, recomputed, visit
 from lt2titan.model.shares import local
 
 
@@ -125,12 +125,10 @@ class LoopedCore(nn.Module):
         previous = h
         for layer, block in enumerate(self.blocks):
             x = h
-            if plan.blocks and plan.block_contexts is not None:
-                h, carry = block(h, context, carry, recompute=plan.block_contexts)
-            elif plan.blocks:
-                h, carry = recomputed(block, h, context, carry)
+            if states is None:
+                h, carry = visit(block, plan, h, context, carry)
             else:
-                h, carry = block(h, context, carry, None if states is None else states[loop][layer])
+                h, carry = block(h, context, carry, states[loop][layer])
             if self.observer is not None:
                 with torch.no_grad():
                     self.observer.after_block(block, x, context)

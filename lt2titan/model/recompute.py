@@ -42,6 +42,17 @@ class RecomputePlan:
 KEEP_ALL = RecomputePlan()
 
 
+def visit(
+    block: Callable[..., tuple[Tensor, Carry]], plan: RecomputePlan, h: Tensor, context: Context, carry: Carry
+) -> tuple[Tensor, Carry]:
+    """``block(h, context, carry)``, computed again in the backward pass if ``plan`` says so of blocks."""
+    if not plan.blocks:
+        return block(h, context, carry)
+    if plan.block_contexts is not None:
+        return block(h, context, carry, recompute=plan.block_contexts)
+    return recomputed(block, h, context, carry)
+
+
 def recomputed(
     function: Callable[[Tensor, Context, Carry], tuple[Tensor, Carry]],
     h: Tensor,

@@ -2,7 +2,8 @@
 as rings (`visit_collectives.ring`).
 
 Left out is what is small: numbers for the log, gradient norms and scales of float8 over all ranks, and, over tensor
-ranks, gradients of the gains and biases that are whole on each of them.
+ranks, gradients of the gains and biases that are whole on each of them. Mode memory_budget, under which torch.compile
+may send again, counts as none.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from lt2titan.model.head import CHUNK
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.recompute import RecomputePlan
+from lt2titan.parallel.fake_blocks import TENSOR
 from lt2titan.parallel.float8 import gathered_bytes
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import n_own_embedding
-from lt2titan.parallel.visit_collectives import TENSOR, Collective, Visit, ring
+from lt2titan.parallel.visit_collectives import Collective, Visit, ring
 
 
 class Sent(NamedTuple):
@@ -52,20 +54,30 @@ def of_parameters(
     reduced = (rounds[0] * in_core + rounds[1] * (root + embedding)) * reduce_dtype.itemsize
     result = {}
     if layout.n_shards > 1:
-        result["all-gather"] = Sent(gathers, int(gathered * ring(layout.n_shards)))
-        result["reduce-scatter"] = Sent(reduces, int(reduced * ring(layout.n_shards)))
+        result["all-gather over shard ranks"] = Sent(gathers, int(gathered * ring(layout.n_shards)))
+        result["reduce-scatter over shard ranks"] = Sent(reduces, int(reduced * ring(layout.n_shards)))
     if layout.n_replicas > 1:
-        result["all-reduce"] = Sent(reduces, int(2 * reduced * ring(layout.n_replicas) / layout.n_shards))
+        result["all-reduce over replicate ranks"] = Sent(
+            reduces, int(2 * reduced * ring(layout.n_replicas) / layout.n_shards)
+        )
     return result
 
 
 def of_activations(
-    visits: list[list[Visit]], plan: RecomputePlan, *, n_microbatches: int, n_loops: int, n_backward_loops: int
+    visits: list[list[Visit]],
+    plan: RecomputePlan,
+    *,
+    n_microbatches: int,
+    n_loops: int,
+    n_backward_loops: int,
+    has_gate: bool,
 ) -> dict[str, Sent]:
     """What tensor and context parallelism send in the core.
 
     Args:
         visits: as `visit_collectives` counts them, for the same ``plan``.
+        has_gate: loops end with the residual gate, which needs what the last block returns: a loop that is computed
+            again runs to its end. Without, it ends inside of the last block, or before it if that is computed again.
         n_loops, n_backward_loops: that run; 0 backward loops for all.
     """
     first = n_loops - (n_backward_loops or n_loops)
@@ -76,9 +88,14 @@ def of_activations(
             total += visit.forward
             if loop >= first:
                 total += visit.backward
-                # A loop that is computed again runs to its end, where the residual gate is.
-                total += visit.forward if own.loops else Counter()
                 total += visit.again if own.blocks else Counter()
+        if own.loops and loop >= first:
+            *others, last = visits[loop]
+            total += sum((visit.forward for visit in others), Counter())
+            if has_gate:
+                total += last.forward
+            elif not own.blocks:
+                total += last.again
     return _by_kind(total, n_microbatches)
 
 

@@ -21,8 +21,8 @@ from lt2titan.model.shares import Share
 from lt2titan.model.stretch import find_stretch
 from lt2titan.parallel.float8 import zeros_as_gathered
 
-CONTEXT = "context"
-"""The name of the context-parallel ranks' group, which fake collectives do not look for."""
+CONTEXT, TENSOR = "context", "tensor"
+"""Names of groups of ranks, which fake collectives do not look for."""
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def block_inputs(
     Args:
         n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
         n_context: context-parallel ranks, of whose rows these are the last stretches.
-        n_token_shares: of the hidden states' tokens there is one such part (sequence parallelism).
+        n_token_shares: the hidden states are of 1 / n_token_shares of the tokens (sequence parallelism).
     """
     core = model.core
     shape = (1, batch_size * length) if n_documents else (batch_size, length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,16 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lt2titan.model.block import Block
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.recompute import RecomputePlan, recomputed
+from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, visit
 from lt2titan.model.shares import Share
-from lt2titan.parallel.fake_blocks import CONTEXT, block_inputs, of_visits
+from lt2titan.parallel.fake_blocks import CONTEXT, TENSOR, block_inputs, of_visits
 from lt2titan.parallel.tensor_parallel import join_shares, split_parameters
 
-TENSOR = "tensor"
+KINDS = {
+    "_c10d_functional::all_gather_into_tensor": "all-gather",
+    "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
+    "_c10d_functional::all_reduce": "all-reduce",
+}
 
 
 class Collective(NamedTuple):
@@ -37,7 +43,8 @@ class Collective(NamedTuple):
 class Visit(NamedTuple):
     """How often a visit has each `Collective`.
 
-    again: in a backward pass that computes the block again, beside ``backward``.
+    again: in a backward pass that computes the block again, beside ``backward``. Eager, that ends with the last tensor
+        that is needed, and sends nothing after it; compiled blocks run to their end.
     """
 
     forward: Counter[Collective]
@@ -61,17 +68,19 @@ def visit_collectives(
     n_context: int,
     n_tensor: int,
     sequence_parallel: bool,
+    is_compiled: bool,
 ) -> list[list[Visit]]:
     """Of every visit, [loop][layer], in a microbatch on the last of the context-parallel ranks.
 
     Args:
         model: on ``meta``, not sharded; stays as it is.
-        plan: says how blocks are computed again, where they are.
+        plan: says what of blocks is computed again, where they are.
         batch_size, length, dtype, n_documents, n_context: as in `core_memory`.
     """
     model = _shares_of(model, n_tensor, sequence_parallel) if n_tensor > 1 else model
     n_ranks = {TENSOR: n_tensor, CONTEXT: n_context}
-    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with FakeTensorMode(), eager, set_checkpoint_early_stop(not is_compiled):
         h, context, carry = block_inputs(
             model,
             batch_size=batch_size,
@@ -101,19 +110,16 @@ def _shares_of(model: LT2, n_tensor: int, sequence_parallel: bool) -> LT2:
 def _visit(
     plan: RecomputePlan, n_ranks: dict[str, int], block: Block, h: Tensor, context: Context, carry: Carry
 ) -> Visit:
-    def run(is_recomputed: bool) -> tuple[Counter[Collective], Counter[Collective]]:
+    def run(plan: RecomputePlan) -> tuple[Counter[Collective], Counter[Collective]]:
         """Collectives of the forward pass, and of the backward pass."""
         with _Collectives(n_ranks) as forward:
-            if is_recomputed and plan.block_contexts is not None:
-                y, written = block(h, context, carry, recompute=plan.block_contexts)
-            else:
-                y, written = recomputed(block, h, context, carry) if is_recomputed else block(h, context, carry)
+            y, written = visit(block, plan, h, context, carry)
         with _Collectives(n_ranks) as backward:
             torch.stack([x.sum() for x in (y, *written.values()) if x.requires_grad]).sum().backward()
         return forward.counts, backward.counts
 
-    forward, backward = run(is_recomputed=False)
-    again = run(is_recomputed=True)[1] if plan.blocks else backward
+    forward, backward = run(KEEP_ALL)
+    _, again = run(replace(plan, blocks=True))
     return Visit(forward, backward, again - backward)
 
 
@@ -133,10 +139,3 @@ class _Collectives(TorchDispatchMode):
             whole = args[0].nbytes * (n if kind == "all-gather" else 1)
             self.counts[Collective(kind, axis, int(whole * ring(n) * (2 if kind == "all-reduce" else 1)))] += 1
         return func(*args, **(kwargs or {}))
-
-
-KINDS = {
-    "_c10d_functional::all_gather_into_tensor": "all-gather",
-    "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
-    "_c10d_functional::all_reduce": "all-reduce",
-}

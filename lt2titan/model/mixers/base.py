@@ -50,9 +50,6 @@ class Mixer(nn.Module):
     """Names in the carry of losses that such layers add theirs to: (1,), since torch.compile would take an fp64 scalar
     for a number of Python's; summed over tokens, layers and the loops that have gradients."""
 
-    keys_are_whole = False
-    """Whether every tensor-parallel rank has all of the keys that context-parallel ranks gather, not a part of them."""
-
     share = Share()
     """Of the heads, which this rank computes; set by parallel/tensor_parallel.py."""
 

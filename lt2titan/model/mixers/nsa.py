@@ -41,6 +41,7 @@ class NSA(Mixer):
         self.head_dim = self.rotary_dim = dim // config.n_heads
         self.block_size = self.key_block_size = config.block_size
         self.n_blocks, self.window, self.backend = config.n_blocks, config.window, common.backend
+        # Whether every tensor-parallel rank has all of the keys, not those of some heads.
         self.keys_are_whole = self.n_kv_heads == 1
         if common.backend == "fla":
             _check_gpu_sizes(config, dim)

@@ -14,10 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lt2titan.config.job import JobConfig
 from lt2titan.data.device import model_inputs
 from lt2titan.data.packing import Batch
 from lt2titan.evaluation.validate import evaluate
 from lt2titan.kernels.packing import make_chunk_indices
+from lt2titan.layout_plan import estimate_communication
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.head import IGNORE_INDEX
 from lt2titan.model.init import build_on_meta, materialise
@@ -40,13 +42,12 @@ from lt2titan.model.mixers.config import (
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
-from lt2titan.parallel.activation_checkpoint import recompute_plan
-from lt2titan.parallel.communication_estimate import Sent, of_activations
+from lt2titan.parallel.communication_estimate import Sent
+from lt2titan.parallel.config import ActivationCheckpointConfig
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
-from lt2titan.parallel.visit_collectives import visit_collectives
 
 CPU = torch.device("cpu")
 VOCABULARY, N_ROWS, LENGTH = 20, 4, 12
@@ -234,30 +235,23 @@ def in_turn(works: list[Callable[[], None]]) -> None:
         work()
 
 
-def estimated_activations(
+def estimated(
     config: ModelConfig,
     layout: Layout,
     mode: str = "none",
     *,
     packed: bool = False,
+    is_compiled: bool = False,
+    skip_last_loops: int = 0,
     n_microbatches: int = 1,
-    n_loops: int = 3,
-    n_backward_loops: int = 0,
 ) -> dict[str, Sent]:
-    """What the core sends of one of `batches`, in fp64."""
-    plan = recompute_plan(mode, skip_last_loops=0)
-    cu_seqlens = batches(0, packed)[0].cu_seqlens
-    visits = visit_collectives(
-        build_on_meta(config, "reference"),
-        plan,
-        batch_size=2,
-        length=LENGTH // layout.n_context,
-        dtype=torch.float64,
-        n_documents=0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        n_context=layout.n_context,
-        n_tensor=layout.n_tensor,
-        sequence_parallel=layout.sequence_parallel,
-    )
-    return of_activations(
-        visits, plan, n_microbatches=n_microbatches, n_loops=n_loops, n_backward_loops=n_backward_loops
-    )
+    """What tensor and context ranks send of the first of `batches`, in fp64."""
+    job = JobConfig(model=config)
+    job.training.seq_len, job.training.local_batch_size = LENGTH, 2
+    job.training.global_batch_size = 2 * n_microbatches
+    job.data.document_mask, job.data.max_documents_per_sample = packed, 3
+    job.compile.enable = is_compiled
+    job.activation_checkpoint = ActivationCheckpointConfig(mode=mode, skip_last_loops=skip_last_loops)  # type: ignore[arg-type]
+    model = build_on_meta(config, "reference")
+    sent = estimate_communication(job, model, layout, torch.float64, torch.float64)
+    return {name: n for name, n in sent.items() if "shard" not in name}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from split_models import (
-    LENGTH,
+    FOUR_HEADS,
     ONE_GROUP,
     TWO_KEY_HEADS,
     batches,
     config,
-    estimated_activations,
+    estimated,
     loss_of,
     own_part,
     split_model,
@@ -25,12 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lt2titan.model import head, parallel_head, shares
-from lt2titan.model.config import ModelConfig
-from lt2titan.model.init import build_on_meta
+from lt2titan.model.config import LoopConfig, ModelConfig
 from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.model.shares import Share
 from lt2titan.parallel import communication_estimate
-from lt2titan.parallel.communication_estimate import Sent, of_ends, together
+from lt2titan.parallel.communication_estimate import Sent, together
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
@@ -46,16 +46,13 @@ def in_fp64() -> Iterator[None]:
 
 
 @contextmanager
-def split(layout: Layout, shape: ModelConfig, mode: str = "none", packed: bool = False) -> Iterator[Any]:
-    """(a split model, its part of a batch, the tensor-parallel group), as the last of ranks that are not there."""
+def last_rank(layout: Layout) -> Iterator[ParallelDims]:
+    """Be the last of the ranks, of which the others are not there."""
     n_ranks = layout.n_tensor * layout.n_context
     dist.init_process_group("fake", store=FakeStore(), rank=n_ranks - 1, world_size=n_ranks)
     degrees = ParallelismConfig(tensor_parallel_degree=layout.n_tensor, context_parallel_degree=layout.n_context)
     try:
-        dims = ParallelDims.build(degrees, "cpu")
-        model = split_model(shape, dims, layout.sequence_parallel, activation_checkpoint=mode)
-        group = dims.mesh["tensor"].get_group().group_name if layout.n_tensor > 1 else ""
-        yield model, own_part(batches(0, packed), dims)[:1], group
+        yield ParallelDims.build(degrees, "cpu")
     finally:
         dist.destroy_process_group()
 
@@ -80,9 +77,12 @@ def recorded() -> Iterator[list[tuple[str, Share, int]]]:
         yield found
 
 
-def counted(layout: Layout, shape: ModelConfig, mode: str, packed: bool, **loops: int) -> dict[str, Sent]:
-    with split(layout, shape, mode, packed) as (model, part, tensor_group), recorded() as found:
-        loss_of(model, part, **loops).backward()
+def counted(layout: Layout, shape: ModelConfig, mode: str, packed: bool) -> dict[str, Sent]:
+    with last_rank(layout) as dims, recorded() as found:
+        tensor_group = dims.mesh["tensor"].get_group().group_name if layout.n_tensor > 1 else ""
+        model = split_model(shape, dims, layout.sequence_parallel, activation_checkpoint=mode)
+        part = own_part(batches(0, packed), dims)[:1]
+        loss_of(model, part, n_backward_loops=shape.loop.backward_loops).backward()
     parts = []
     for kind, share, n_bytes in found:
         others = share.n_ranks - 1
@@ -96,39 +96,26 @@ def counted(layout: Layout, shape: ModelConfig, mode: str, packed: bool, **loops
     return together(*parts)
 
 
-def estimated(
-    layout: Layout, shape: ModelConfig, mode: str, packed: bool, n_loops: int = 3, n_backward_loops: int = 0
-) -> dict[str, Sent]:
-    core = estimated_activations(shape, layout, mode, packed=packed, n_loops=n_loops, n_backward_loops=n_backward_loops)
-    ends = of_ends(
-        build_on_meta(shape, "reference"),
-        layout,
-        n_tokens=2 * LENGTH // layout.n_context,
-        dtype=DTYPE,
-        n_microbatches=1,
-        is_truncated=n_backward_loops > 0,
-    )
-    return together(core, ends)
-
-
-def check(layout: Layout, shape: ModelConfig, mode: str = "none", packed: bool = False, **loops: int) -> None:
-    expected = counted(layout, shape, mode, packed, **loops)
+def check(layout: Layout, shape: ModelConfig, mode: str = "none", packed: bool = False) -> None:
+    expected = counted(layout, shape, mode, packed)
     assert expected
-    assert estimated(layout, shape, mode, packed, **loops) == expected
+    assert estimated(shape, layout, mode, packed=packed) == expected
 
 
 LAYOUTS = {
     "tensor": Layout(n_tensor=2, sequence_parallel=True),
     "tensor, whole residual stream": Layout(n_tensor=2, sequence_parallel=False),
-    "context": Layout(n_context=2),
-    "context and tensor": Layout(n_context=2, n_tensor=2, sequence_parallel=True),
+    "context": Layout(n_context=2, n_shards=2),
+    "context and tensor": Layout(n_context=2, n_shards=2, n_tensor=2, sequence_parallel=True),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", ["none", "block", "loop", "nested"])
 def test_checkpointing_modes(layout: str, mode: str) -> None:
-    check(LAYOUTS[layout], config("gdn", "full"), mode)
+    shape = config("gdn", "full")
+    check(LAYOUTS[layout], shape, mode)
+    check(LAYOUTS[layout], replace(shape, loop=LoopConfig(residual_gate=False)), mode)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -138,11 +125,16 @@ def test_mixers(layout: str, mixer: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_heads_that_ranks_share_packed_rows_and_fewer_loops(layout: str) -> None:
+def test_heads_that_ranks_share_packed_rows_and_truncated_gradients(layout: str) -> None:
     check(LAYOUTS[layout], config("mamba2", mixers=ONE_GROUP))
     check(LAYOUTS[layout], config("gdn", "nsa", mixers=TWO_KEY_HEADS), "block")
-    check(LAYOUTS[layout], config("gdn", "full"), "block", packed=True)
-    check(LAYOUTS[layout], config("gdn", "full"), "block", n_loops=2, n_backward_loops=1)
+    check(LAYOUTS[layout], config("gdn", "full", tied=False), "block", packed=True)
+    check(LAYOUTS[layout], replace(config("gdn", "full"), loop=LoopConfig(backward_loops=1)), "block")
+
+
+def test_more_ranks() -> None:
+    check(Layout(n_tensor=4, sequence_parallel=True), config("gdn", "hgrn2", mixers=FOUR_HEADS), "block")
+    check(Layout(n_context=3, n_shards=3), config("gdn", "full"), "block")
 
 
 def test_the_loss_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,30 +143,47 @@ def test_the_loss_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     check(LAYOUTS["tensor"], config("full"))
 
 
-def test_selective_sends_again_what_it_does_not_keep() -> None:
-    """By counts of the profiler, below what selective checkpointing answers from its memory. All-reduces are also of
-    gradients of whole parameters, as many in every mode."""
-    events: dict[str, Counter[str]] = {}
-    for mode in ("none", "selective"):
-        with split(LAYOUTS["tensor"], config("hgrn2"), mode) as (model, part, _):
-            loss_of(model, part).backward()  # whatever is made at first
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                loss_of(model, part).backward()
-        assert profiler.profiler is not None
-        names = [event.name() for event in profiler.profiler.kineto_results.events()]
-        events[mode] = Counter(name for name in names if name.startswith("c10d::"))
-    expected = {mode: estimated(LAYOUTS["tensor"], config("hgrn2"), mode, packed=False) for mode in events}
-    for kind, part in (("all-gather", "allgather"), ("reduce-scatter", "reduce_scatter"), ("all-reduce", "allreduce")):
-        n = {mode: sum(count for name, count in found.items() if part in name) for mode, found in events.items()}
-        n_expected = {mode: sent[f"{kind} over tensor ranks"].n_times for mode, sent in expected.items()}
-        assert n["selective"] - n["none"] == n_expected["selective"] - n_expected["none"], (kind, n, n_expected)
-        if kind != "all-reduce":
-            assert n == n_expected, kind
-    assert expected["selective"] != expected["none"]
+def by_profiler(dims: ParallelDims, mode: str, **options: Any) -> dict[str, int]:
+    """How often tensor ranks call each collective, below what selective checkpointing answers from its memory and
+    inside of what is compiled. All-reduces are also of gradients of whole parameters, as many in every mode."""
+    model = split_model(config("hgrn2"), dims, True, activation_checkpoint=mode, **options)
+    part = own_part(batches(0, packed=False), dims)[:1]
+    loss_of(model, part).backward()  # whatever is made at first
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss_of(model, part).backward()
+    assert profiler.profiler is not None
+    names = [event.name() for event in profiler.profiler.kineto_results.events()]
+    kinds = {"all-gather": "allgather", "reduce-scatter": "reduce_scatter", "all-reduce": "allreduce"}
+    return {
+        f"{kind} over tensor ranks": sum(name.startswith("c10d::") and part in name for name in names)
+        for kind, part in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("backend", ["", "aot_eager"], ids=["eager", "compiled"])
+def test_what_is_computed_again_is_sent_again(backend: str) -> None:
+    """Unless selective keeps it. Eager blocks that are computed again stop early, compiled ones do not."""
+    mp.spawn(_computed_again, args=(backend,), nprocs=1)  # type: ignore[no-untyped-call]  # compiled code knows of groups
+
+
+def _computed_again(_: int, backend: str) -> None:
+    torch.set_default_dtype(DTYPE)
+    torch.set_num_threads(1)
+    layout, found, expected = LAYOUTS["tensor"], {}, {}
+    with last_rank(layout) as dims:
+        for mode, skipped in (("none", 0), ("block", 1), ("selective", 0), ("nested", 0)):
+            torch._dynamo.reset()
+            found[mode] = by_profiler(dims, mode, compile_backend=backend, skip_last_loops=skipped)
+            sent = estimated(config("hgrn2"), layout, mode, is_compiled=bool(backend), skip_last_loops=skipped)
+            expected[mode] = {name: n.n_times for name, n in sent.items()}
+    of_parameters = found["none"]["all-reduce over tensor ranks"] - expected["none"]["all-reduce over tensor ranks"]
+    assert of_parameters > 0
+    for counts in expected.values():
+        counts["all-reduce over tensor ranks"] += of_parameters
+    assert found == expected
+    assert len({tuple(counts.items()) for counts in found.values()}) == len(found)
 
 
 def test_microbatches_multiply() -> None:
-    one, three = (
-        estimated_activations(config("gdn"), LAYOUTS["context and tensor"], "block", n_microbatches=n) for n in (1, 3)
-    )
+    one, three = (estimated(config("gdn"), LAYOUTS["context and tensor"], "block", n_microbatches=n) for n in (1, 3))
     assert three == together(one, one, one)

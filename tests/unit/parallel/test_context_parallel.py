@@ -17,7 +17,7 @@ from split_models import (
     check_evaluated,
     check_same,
     config,
-    estimated_activations,
+    estimated,
     in_turn,
     loss_of,
     own_part,
@@ -122,7 +122,7 @@ def collectives_per_visit() -> None:
         scatters = sum(n for event, n in counts.items() if "reduce_scatter" in event)
         assert gathers == n_gathers * n_visits, counts
         assert scatters == n_gathers * n_visits + n_groups, counts
-        predicted = estimated_activations(config(name), Layout(n_context=2))
+        predicted = estimated(config(name), Layout(n_context=2, n_shards=2))
         assert [sent.n_times for sent in predicted.values()] == [n_gathers * n_visits] * 2
         assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name
 

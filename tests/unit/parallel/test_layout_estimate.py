@@ -108,13 +108,15 @@ def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bo
     model = build_on_meta(load_config(RECIPE).model, "reference")
     layout = Layout(n_replicas=2, n_shards=8, loop_reshard=policy, defers_reductions=defers)
     result = of_parameters(model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    assert result["all-gather"][0] == n_gathers
-    assert result["reduce-scatter"][0] == result["all-reduce"][0] == (2 * 20 + 1 if defers else 21 * 3)
+    gathers, scatters = (result[f"{kind} over shard ranks"] for kind in ("all-gather", "reduce-scatter"))
+    sums = result["all-reduce over replicate ranks"]
+    assert gathers.n_times == n_gathers
+    assert scatters.n_times == sums.n_times == (2 * 20 + 1 if defers else 21 * 3)
     if policy == "per_step" and not defers:
         n_parameters = sum(p.numel() for p in model.parameters())
-        assert result["all-gather"][1] == n_parameters * 2 * 7 // 8
-        assert result["reduce-scatter"][1] == 3 * n_parameters * 4 * 7 // 8
-        assert result["all-reduce"][1] == 3 * n_parameters * 4 // 8  # 2 (n - 1) / n of a shard, n = 2 replicas
+        assert gathers.n_bytes == n_parameters * 2 * 7 // 8
+        assert scatters.n_bytes == 3 * n_parameters * 4 * 7 // 8
+        assert sums.n_bytes == 3 * n_parameters * 4 // 8  # 2 (n - 1) / n of a shard, n = 2 replicas
 
 
 @pytest.mark.parametrize(
@@ -124,14 +126,14 @@ def test_an_untied_embedding_is_a_group_of_its_own(policy: str, n_gathers: int) 
     model = build_on_meta(load_config(RECIPE, ["--model.no_tie_embeddings"]).model, "reference")
     sizes = {"n_microbatches": 3, "n_loops": 4, "dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     result = of_parameters(model, Layout(n_shards=8, loop_reshard=policy), **sizes)  # type: ignore[arg-type]
-    assert result["all-gather"][0] == n_gathers
-    assert result["reduce-scatter"][0] == 22 * 3
-    assert result["reduce-scatter"][1] == 3 * sum(p.numel() for p in model.parameters()) * 4 * 7 // 8
+    assert result["all-gather over shard ranks"][0] == n_gathers
+    assert result["reduce-scatter over shard ranks"][0] == 22 * 3
+    assert result["reduce-scatter over shard ranks"][1] == 3 * sum(p.numel() for p in model.parameters()) * 4 * 7 // 8
     embedding, root = model.embedding.weight.numel(), model.head.weight.numel() + 2048 * (1 + 4)  # norm and rho
     blocks = sum(p.numel() for p in model.core.blocks.parameters())
     visits = {"per_step": (1, 1, 1), "per_pass": (1, 1, 4), "per_visit": (3 * 2, 3, 3 * 2 * 4)}[policy]
     gathered = sum(n * times for n, times in zip((embedding, root, blocks), visits, strict=True))
-    assert result["all-gather"][1] == gathered * 2 * 7 // 8
+    assert result["all-gather over shard ranks"][1] == gathered * 2 * 7 // 8
 
 
 def layout_memory(model: LT2, **layout: Any) -> dict[str, int]:
