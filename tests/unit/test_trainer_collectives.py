@@ -56,10 +56,10 @@ def a_step_gathers_once() -> None:
 
 def deferred_reductions_are_few() -> None:
     """What earlier microbatches left of a block is reduced in its first visit, the rest in its last."""
-    for n_loops, n_reductions in ((1, GROUPS), (4, GROUPS + N_LAYERS)):
-        for mode in ("none", "nested"):
-            found = travels(*sizes(n_loops, 4), "--activation_checkpoint.mode", mode)
-            assert found == (GROUPS, n_reductions), (n_loops, mode, found)
+    for n_loops, mode, n_reductions in ((1, "none", GROUPS), (4, "nested", GROUPS + N_LAYERS)):
+        options = ["--parallelism.fsdp_defer_reductions", "on", "--activation_checkpoint.mode", mode]
+        found = travels(*sizes(n_loops, 4), *options)
+        assert found == (GROUPS, n_reductions), (n_loops, mode, found)
 
 
 def sizes(n_loops: int, n_microbatches: int) -> list[str]:
