@@ -37,6 +37,7 @@ from lt2titan.config.loader import load_config_or_exit
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("config", "overrides", "warm_up", "steps")
 ENDING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a run, and the case at hand with it."""
 OWN_DATA = ("training.dataset=synthetic", "training.dataset_path=", "data.no_streaming")
 """Instead of the recipe's, as in measure_training.py, when a case is only checked."""
 

@@ -160,7 +160,7 @@ def core_memory(
 
 def _block_memory(block: Block, h: Tensor, context: Context, carry: Carry) -> BlockMemory:
     saved: list[Tensor] = []
-    selected = _Outputs(is_kept)
+    selected = _Kept()
 
     def keep(tensor: Tensor) -> Tensor:
         saved.append(tensor)
@@ -219,17 +219,16 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-class _Outputs(TorchDispatchMode):
-    """Collects what chosen operators return."""
+class _Kept(TorchDispatchMode):
+    """Collects the outputs that mode selective keeps."""
 
-    def __init__(self, is_chosen: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._is_chosen = is_chosen
         self.tensors: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._is_chosen(func):
+        if is_kept(func):
             self.tensors += [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         return out
 

@@ -19,7 +19,7 @@ from lt2titan.data.device import model_inputs
 from lt2titan.data.packing import Batch
 from lt2titan.evaluation.validate import evaluate
 from lt2titan.kernels.packing import make_chunk_indices
-from lt2titan.layout_plan import estimate_communication
+from lt2titan.layout_plan import convert_to_float8, estimate_communication
 from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.head import IGNORE_INDEX
 from lt2titan.model.init import build_on_meta, materialise
@@ -43,7 +43,7 @@ from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.communication_estimate import Sent
-from lt2titan.parallel.config import ActivationCheckpointConfig
+from lt2titan.parallel.config import ActivationCheckpointConfig, Float8Config
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
@@ -244,14 +244,18 @@ def estimated(
     is_compiled: bool = False,
     skip_last_loops: int = 0,
     n_microbatches: int = 1,
+    recipe: Any = "none",
 ) -> dict[str, Sent]:
-    """What tensor and context ranks send of the first of `batches`, in fp64."""
+    """What tensor and context ranks send of the first of `batches`, in fp64; maps in float8 as ``recipe`` says."""
     job = JobConfig(model=config)
     job.training.seq_len, job.training.local_batch_size = LENGTH, 2
     job.training.global_batch_size = 2 * n_microbatches
     job.data.document_mask, job.data.max_documents_per_sample = packed, 3
     job.compile.enable = is_compiled
     job.activation_checkpoint = ActivationCheckpointConfig(mode=mode, skip_last_loops=skip_last_loops)  # type: ignore[arg-type]
+    job.parallelism.tensor_parallel_degree, job.parallelism.context_parallel_degree = layout.n_tensor, layout.n_context
+    job.float8 = Float8Config(recipe=recipe, emulate=True, auto_filter=False, min_size=16)
     model = build_on_meta(config, "reference")
+    convert_to_float8(job, model, layout.n_tensor * layout.n_context)
     sent = estimate_communication(job, model, layout, torch.float64, torch.float64)
     return {name: n for name, n in sent.items() if "shard" not in name}

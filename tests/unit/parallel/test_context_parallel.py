@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from counted_collectives import collectives
 from split_models import (
     CPU,
     LENGTH,
@@ -27,7 +27,6 @@ from split_models import (
     whole_model,
 )
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from lt2titan.config.job import JobConfig
@@ -114,14 +113,10 @@ def collectives_per_visit() -> None:
         split = split_model(config(name), dims, True)
         part = own_part(batches(0, packed=False), dims)[:1]
         loss_of(split, part).backward()  # whatever is made at first, and FSDP2's gathers: it keeps them
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            loss_of(split, part).backward()
-        counts = Counter(event.name for event in profiler.events() if event.name.startswith("c10d::"))
+        counts = collectives(lambda split=split, part=part: loss_of(split, part).backward())  # type: ignore[misc]
         n_visits, n_groups = 2 * 3, 3
-        gathers = sum(n for event, n in counts.items() if "allgather" in event)
-        scatters = sum(n for event, n in counts.items() if "reduce_scatter" in event)
-        assert gathers == n_gathers * n_visits, counts
-        assert scatters == n_gathers * n_visits + n_groups, counts
+        assert counts["gather"] == n_gathers * n_visits, counts
+        assert counts["reduce_scatter"] == n_gathers * n_visits + n_groups, counts
         predicted = estimated(config(name), Layout(n_context=2, n_shards=2))
         assert [sent.n_times for sent in predicted.values()] == [n_gathers * n_visits] * 2
         assert [sent.n_bytes for sent in predicted.values()] == [8 * 2 * sizes[name] * n_visits] * 2, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -17,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from counted_collectives import collectives, event_names
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.checkpoint.manager import CheckpointManager
@@ -175,25 +175,6 @@ def trains_as_one_process(truth: Truth, cases: list[Case]) -> None:
             )
         for name, parameter in truth.parameters.items():
             torch.testing.assert_close(result.parameters[name], parameter, rtol=1e-3, atol=1e-4, msg=f"{case} {name}")
-
-
-def collectives(work: Callable[[], Any]) -> Counter[str]:
-    """How often ``work`` calls each collective ("gather", "reduce_scatter", "all_reduce"). By the profiler: a dispatch
-    mode cannot look inside torch.func.vjp, which the reference operators use in their backward pass."""
-    counted: Counter[str] = Counter()
-    for name in event_names(work):
-        for kind, part in (("gather", "allgather"), ("reduce_scatter", "reduce_scatter"), ("all_reduce", "allreduce")):
-            counted[kind] += name.startswith("c10d::") and part in name
-    return counted
-
-
-def event_names(work: Callable[[], Any]) -> list[str]:
-    """What the profiler saw of ``work``, in the order in which it started."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        work()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()  # profiler.events() takes seconds to build
-    return [event.name() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def travels(n_loops: int, case: Case) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from counted_collectives import collectives
 from split_models import (
     CPU,
     FOUR_HEADS,
@@ -34,7 +34,6 @@ from split_models import (
     split_model,
     whole_model,
 )
-from torch.profiler import ProfilerActivity, profile
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.section import ConfigError
@@ -152,11 +151,9 @@ def sums_of_gradients_do_not_grow_with_loops() -> None:
     for n_loops in (1, 3):
         split = split_model(config("gdn"), dims, True)
         loss_of(split, batches(0, packed=False)[:1], n_loops=n_loops).backward()  # whatever is made at first
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            loss_of(split, batches(0, packed=False)[:1], n_loops=n_loops).backward()
-        counts.append(Counter(event.name for event in profiler.events() if event.name.startswith("c10d::")))
-    sums = [sum(n for name, n in count.items() if "allreduce" in name) for count in counts]
-    gathers = [sum(n for name, n in count.items() if "allgather" in name) for count in counts]
+        loss = partial(loss_of, split, batches(0, packed=False)[:1], n_loops=n_loops)
+        counts.append(collectives(lambda loss=loss: loss().backward()))  # type: ignore[misc]
+    sums, gathers = ([count[kind] for count in counts] for kind in ("all_reduce", "gather"))
     # Three norm gains and a head norm per block, rho, the final norm; the maximum and the sum of the loss.
     assert sums[0] == sums[1] == 2 * 3 + 2 + 2, counts
     assert gathers[1] > 2 * gathers[0], counts  # the residual stream's do

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.profiler import ProfilerActivity, profile
+from counted_collectives import collectives
 
 from lt2titan.config.loader import load_config
 from lt2titan.trainer import Trainer
 
-TINY = Path(__file__).parents[1] / "assets" / "tiny.toml"
+TINY = Path(__file__).parents[2] / "assets" / "tiny.toml"
 N_LAYERS = 3
 GROUPS = N_LAYERS + 1  # the blocks, and everything else
 
@@ -37,15 +36,8 @@ def travels(*overrides: str) -> tuple[int, int]:
             batches = iter(trainer.train_loader)
             steps = [[next(batches) for _ in range(trainer.n_microbatches)] for _ in range(2)]
             trainer.train_step(steps[0])
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                trainer.train_step(steps[1])
-    assert profiler.profiler is not None
-    counts = Counter(event.name() for event in profiler.profiler.kineto_results.events())
-    gathers, reductions = (
-        sum(n for name, n in counts.items() if name.startswith("c10d::") and kind in name)
-        for kind in ("allgather", "reduce_scatter")
-    )
-    return gathers, reductions
+            counted = collectives(lambda: trainer.train_step(steps[1]))
+    return counted["gather"], counted["reduce_scatter"]
 
 
 def a_step_gathers_once() -> None:
