@@ -19,10 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +107,12 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
         command += [f"--{override}" for override in what["overrides"]]
         environment = os.environ | (cold_caches(Path(folder)) if case.is_cold else {})
         status: int | str
-        # A signal to end that comes while the case is started waits until there is something to end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         process = None
         try:
-            process = subprocess.Popen(
-                command,
-                stdout=text,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, ENDING),
-            )
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+            with deferred(ENDING):  # until there is something to end
+                process = subprocess.Popen(
+                    command, stdout=text, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
             status = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             status = f"not done after {arguments.timeout} s"
@@ -129,10 +121,29 @@ def run(name: str, case: Case, arguments: Arguments, repeat: int) -> dict[str, A
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         measured = json.loads(report.read_text()) if report.exists() else {"error": f"{status}: {last_words(log)}"}
     seconds = round(time.perf_counter() - start, 1)
     return {"case": name, "repeat": repeat, **what, "process_seconds": seconds, **measured}
+
+
+@contextmanager
+def deferred(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals that come within are handled at its end.
+
+    It replaces Python's handlers instead of blocking signals (pthread_sigmask): a signal that only the main thread
+    blocks is taken by another thread, and its handler runs in the main thread all the same.
+    """
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def cold_caches(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -97,10 +98,13 @@ def test_a_case_that_is_just_being_started_ends_too(tmp_path: Path, monkeypatch:
     from training_cases import CASES
 
     started: list[subprocess.Popen[bytes]] = []
+    is_over = threading.Event()
+    threading.Thread(target=is_over.wait).start()  # takes signals that are blocked in the main thread alone
 
     def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
         started.append(popen(*args, **options))
         os.kill(os.getpid(), signal.SIGTERM)  # before the caller knows of its process
+        time.sleep(0.2)  # for another thread to take it
         return started[-1]
 
     popen = subprocess.Popen
@@ -112,9 +116,10 @@ def test_a_case_that_is_just_being_started_ends_too(tmp_path: Path, monkeypatch:
             benchmark_training.run("modes/block-eager", CASES["modes/block-eager"], arguments, 0)
         assert started[0].wait(timeout=10) == -signal.SIGKILL
     finally:
+        is_over.set()
         signal.signal(signal.SIGTERM, before)
         started[0].kill()
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
