@@ -24,6 +24,7 @@ from lt2titan.model.init import build_on_meta
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.distributed import fake_process_group
+from lt2titan.parallel.fake_blocks import first_share
 from lt2titan.parallel.float8 import update_scales
 from lt2titan.parallel.fsdp import reshard, set_gradient_sync
 from lt2titan.parallel.mesh import ParallelDims
@@ -101,8 +102,9 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         optimizer.step()
         moments = [_local(value) for state in optimizer.state.values() for value in state.values()]
-    core = core_of(asked, whole, layout, dtype, asked.compile.enable)
-    estimated = estimate_memory(asked, whole, layout, core, dtype, asked.compile.enable)
+    share = first_share(whole, layout)
+    core = core_of(asked, share, layout, dtype, asked.compile.enable)
+    estimated = estimate_memory(asked, share, layout, core, dtype, asked.compile.enable)
     return {
         "parameters": sum(p.numel() for p in whole.parameters()),
         "parameters per rank": sum(w.numel() for w in weights),

@@ -13,6 +13,7 @@ from lt2titan.out_of_memory import ADVICE
 from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import CoreMemory, core_memory
 from lt2titan.parallel.communication_estimate import Sent, of_activations, of_ends, of_parameters, together
+from lt2titan.parallel.fake_blocks import first_share
 from lt2titan.parallel.float8 import apply_float8, plan_float8
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.layout_estimate import memory_by_category
@@ -72,15 +73,16 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     _, n_microbatches = _microbatches(config, layout)
     can_defer = n_microbatches > 1 and layout.n_shards * n_replicas > 1
 
+    share = first_share(model, layout)
     usable = USABLE * device_memory
     policies = {"loop_reshard": parallelism.fsdp_loop_reshard, "defer_reductions": parallelism.fsdp_defer_reductions}
 
     def chosen(is_compiled: bool) -> tuple[Layout, dict[str, int], bool]:
         """The layout, its memory, and whether it is what it would be if there were any amount, and fits."""
-        core = core_of(config, model, layout, dtype, is_compiled)
+        core = core_of(config, share, layout, dtype, is_compiled)
 
         def sizes(layout: Layout) -> dict[str, int]:
-            return estimate_memory(config, model, layout, core, dtype, is_compiled)
+            return estimate_memory(config, share, layout, core, dtype, is_compiled)
 
         def peak(layout: Layout) -> int:
             return sizes(layout)["peak"]
@@ -147,13 +149,14 @@ def choose(
 
 
 def core_of(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, is_compiled: bool = False) -> CoreMemory:
-    """What the blocks of ``model`` keep of a microbatch."""
+    """What the blocks of ``model``, a tensor-parallel rank's share (`first_share`), keep of a microbatch."""
     recompute = config.activation_checkpoint
     return core_memory(
         model,
         **_rows(config, layout),
         dtype=dtype,
         n_context=layout.n_context,
+        n_token_shares=layout.n_token_shares,
         is_compiled=is_compiled,
         memory_budget=recompute.memory_budget if recompute.mode == "memory_budget" else 1.0,
     )
@@ -176,13 +179,19 @@ def estimate_communication(
     ranks is taken to gather keys.
 
     Args:
-        model: as for `plan_layout`.
+        model: as for `core_of`.
         dtype, reduce_dtype: of compute and of the reduction of gradients.
     """
     _, n_microbatches = _microbatches(config, layout)
     n_loops, n_backward_loops = config.model.n_loops, config.model.loop.backward_loops
     of_fsdp = of_parameters(
-        model, layout, n_microbatches=n_microbatches, n_loops=n_loops, dtype=dtype, reduce_dtype=reduce_dtype
+        model,
+        layout,
+        n_microbatches=n_microbatches,
+        n_loops=n_loops,
+        n_backward_loops=n_backward_loops,
+        dtype=dtype,
+        reduce_dtype=reduce_dtype,
     )
     if layout.n_tensor == layout.n_context == 1:
         return of_fsdp
@@ -195,7 +204,7 @@ def estimate_communication(
         dtype=dtype,
         n_context=layout.n_context,
         n_tensor=layout.n_tensor,
-        sequence_parallel=layout.sequence_parallel,
+        n_token_shares=layout.n_token_shares,
         is_compiled=config.compile.enable,
     )
     of_core = of_activations(
@@ -220,7 +229,7 @@ def estimate_communication(
 def estimate_memory(
     config: JobConfig, model: LT2, layout: Layout, core: CoreMemory, dtype: torch.dtype, is_compiled: bool = False
 ) -> dict[str, int]:
-    """Bytes per device by category; see `memory_by_category`."""
+    """Bytes per device by category; see `memory_by_category`. ``model`` is as for `core_of`."""
     batch_size, n_microbatches = _microbatches(config, layout)
     return memory_by_category(
         model,

@@ -25,6 +25,7 @@ from lt2titan.model.loop_schedule import LoopSchedule
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.state import allocate
 from lt2titan.parallel.activation_memory import CoreMemory
+from lt2titan.parallel.fake_blocks import first_share
 from lt2titan.parallel.layout import Layout
 
 
@@ -76,16 +77,17 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
     convert_to_float8(config, model, world_size)
     device_memory = device_memory or int(config.comm.device_memory_gib * 2**30)
     layout = plan_layout(config, model, world_size, dtype, device_memory)
-    core = core_of(config, model, layout, dtype, is_compiled)
-    memory = estimate_memory(config, model, layout, core, dtype, is_compiled)
+    share = first_share(model, layout)
+    core = core_of(config, share, layout, dtype, is_compiled)
+    memory = estimate_memory(config, share, layout, core, dtype, is_compiled)
     return {
-        "activation_modes": of_modes(config, model, layout, dtype, core),
+        "activation_modes": of_modes(config, share, layout, dtype, core),
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
         "communication": {
             name: {"count": sent.n_times, "bytes_sent": sent.n_bytes}
-            for name, sent in estimate_communication(config, model, layout, dtype, reduce_dtype).items()
+            for name, sent in estimate_communication(config, share, layout, dtype, reduce_dtype).items()
         },
     }
 

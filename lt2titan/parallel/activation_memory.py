@@ -67,7 +67,7 @@ class BlockMemory(NamedTuple):
 class CoreMemory:
     """What the modes are sums of.
 
-    input: bytes of the hidden states (B, L, dim).
+    input: bytes of the hidden states (B, L, dim), or of a rank's part of their tokens.
     carry: bytes of the initial carry.
     shared: bytes of positions, rotary tables and layouts of key blocks, of which there is one copy.
     blocks: ``blocks[loop][layer]``.
@@ -138,20 +138,26 @@ def core_memory(
     dtype: torch.dtype,
     n_documents: int = 0,
     n_context: int = 1,
+    n_token_shares: int = 1,
     is_compiled: bool = False,
     memory_budget: float = 1.0,
 ) -> CoreMemory:
-    """Measure the blocks of ``model``, which may be on ``meta`` but not sharded, for rows (batch_size, length) that are
-    computed in ``dtype``. If maps are to be in float8, they have to be so already.
+    """Measure the blocks of ``model``, a tensor-parallel rank's share (`first_share`) and on ``meta`` as it may be, for
+    rows (batch_size, length) that are computed in ``dtype``. If maps are to be in float8, they have to be so already.
 
     Args:
-        n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
-        n_context: context-parallel ranks, of whose rows these are the last stretches.
+        n_documents, n_context, n_token_shares: as in `block_inputs`.
         is_compiled: blocks are compiled, within ``memory_budget``.
     """
     with FakeTensorMode(), nullcontext() if is_compiled else torch.compiler.set_stance("force_eager"):
         h, context, carry = block_inputs(
-            model, batch_size=batch_size, length=length, dtype=dtype, n_documents=n_documents, n_context=n_context
+            model,
+            batch_size=batch_size,
+            length=length,
+            dtype=dtype,
+            n_documents=n_documents,
+            n_context=n_context,
+            n_token_shares=n_token_shares,
         )
         measure = partial(_compiled_block_memory, memory_budget) if is_compiled else _block_memory
         blocks = of_visits(model.core, h, context, carry, measure)

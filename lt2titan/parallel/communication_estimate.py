@@ -31,27 +31,43 @@ class Sent(NamedTuple):
 
 
 def of_parameters(
-    model: LT2, layout: Layout, *, n_microbatches: int, n_loops: int, dtype: torch.dtype, reduce_dtype: torch.dtype
+    model: LT2,
+    layout: Layout,
+    *,
+    n_microbatches: int,
+    n_loops: int,
+    n_backward_loops: int,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
 ) -> dict[str, Sent]:
-    """What FSDP2 sends: parameters and their gradients (see parallel/fsdp.py). Of an embedding that is not tied more
-    than that in steps of truncated backpropagation, which give it no gradient."""
-    n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
-    in_core = sum(p.numel() for block in model.core.blocks for p in block.parameters()) // layout.n_tensor
-    n_blocks, m = len(model.core.blocks), n_microbatches
-    embedding = n_own_embedding(model) // layout.n_tensor
-    root = n_parameters - in_core - embedding
-    n_embeddings = int(embedding > 0)
-    # How often the blocks are gathered, each of them, the root, and the embedding.
-    visits = {"per_step": 1, "per_pass": m + 1, "per_visit": 2 * n_loops * m}[layout.loop_reshard]
-    root_visits, embedding_visits = (m, 2 * m) if layout.loop_reshard == "per_visit" else (1, 1)
-    gathers = visits * n_blocks + root_visits + embedding_visits * n_embeddings
-    core_bytes = sum(gathered_bytes(block.parameters(), dtype) for block in model.core.blocks) // layout.n_tensor
-    gathered = visits * core_bytes + (root_visits * root + embedding_visits * embedding) * dtype.itemsize
+    """What FSDP2 sends: parameters and their gradients (see parallel/fsdp.py).
+
+    Args:
+        model: a tensor-parallel rank's share (`first_share`).
+        n_loops, n_backward_loops: that run; 0 backward loops for all. Otherwise an embedding that is not tied has no
+            gradient; and under per_visit a block more is gathered, the next backwards, which is not used.
+    """
+    blocks, m = model.core.blocks, n_microbatches
+    is_truncated = 0 < n_backward_loops < n_loops
+    n_backward_loops = n_backward_loops or n_loops
+    in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    gathered_blocks = [gathered_bytes(block.parameters(), dtype) for block in blocks]
+    embedding = n_own_embedding(model)
+    root = sum(p.numel() for p in model.parameters()) - sum(in_blocks) - embedding
+    has_embedding = int(embedding > 0)
+    # How often the blocks are gathered, each of them, the last one besides, the root, and the embedding.
+    visits = {"per_step": 1, "per_pass": m + 1, "per_visit": (n_loops + n_backward_loops) * m}[layout.loop_reshard]
+    last_visits, root_visits, embedding_visits = 0, 1, has_embedding
+    if layout.loop_reshard == "per_visit":
+        last_visits, root_visits, embedding_visits = is_truncated * m, m, has_embedding * (2 - is_truncated) * m
+    gathers = visits * len(blocks) + last_visits + root_visits + embedding_visits
+    gathered = visits * sum(gathered_blocks) + last_visits * gathered_blocks[-1]
+    gathered += (root_visits * root + embedding_visits * embedding) * dtype.itemsize
     # Deferred, a block that is visited several times is reduced twice (see parallel/fsdp.py).
-    again = 2 if n_loops > 1 else 1
-    rounds = (again, 1) if layout.defers_reductions else (m, m)
-    reduces = rounds[0] * n_blocks + rounds[1] * (1 + n_embeddings)
-    reduced = (rounds[0] * in_core + rounds[1] * (root + embedding)) * reduce_dtype.itemsize
+    of_block, of_rest = (min(n_backward_loops, 2), 1) if layout.defers_reductions else (m, m)
+    learns_embedding = has_embedding * (not is_truncated)
+    reduces = of_block * len(blocks) + of_rest * (1 + learns_embedding)
+    reduced = (of_block * sum(in_blocks) + of_rest * (root + learns_embedding * embedding)) * reduce_dtype.itemsize
     result = {}
     if layout.n_shards > 1:
         result["all-gather over shard ranks"] = Sent(gathers, int(gathered * ring(layout.n_shards)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.model.block import Block
@@ -20,11 +20,29 @@ from lt2titan.model.mixers.full import Full
 from lt2titan.model.shares import Share
 from lt2titan.model.stretch import find_stretch
 from lt2titan.parallel.float8 import zeros_as_gathered
+from lt2titan.parallel.layout import Layout
+from lt2titan.parallel.tensor_parallel import join_shares, split_parameters
 
 CONTEXT, TENSOR = "context", "tensor"
 """Names of groups of ranks, which fake collectives do not look for."""
 
 T = TypeVar("T")
+
+
+def first_share(model: LT2, layout: Layout) -> LT2:
+    """What the first tensor-parallel rank has of ``model``, which is on ``meta``, not sharded, and stays as it is."""
+    if layout.n_tensor == 1:
+        return model
+    splits = split_parameters(model, layout.n_tensor)
+    shares = {}
+    for name, parameter in model.named_parameters():
+        share = parameter
+        if (dim := splits.get(name)) is not None:
+            share = nn.Parameter(parameter.detach().narrow(dim, 0, parameter.shape[dim] // layout.n_tensor))
+        shares[id(parameter)] = share
+    copy = deepcopy(model, shares)
+    join_shares(copy, Share(0, layout.n_tensor, TENSOR), layout.sequence_parallel)
+    return copy
 
 
 def block_inputs(
@@ -43,7 +61,7 @@ def block_inputs(
     Args:
         n_documents: of rows that are packed documents, entries of cu_seqlens but one; 0 for dense rows.
         n_context: context-parallel ranks, of whose rows these are the last stretches.
-        n_token_shares: the hidden states are of 1 / n_token_shares of the tokens (sequence parallelism).
+        n_token_shares: the hidden states are of 1 / n_token_shares of the tokens, see `Layout`.
     """
     core = model.core
     shape = (1, batch_size * length) if n_documents else (batch_size, length)

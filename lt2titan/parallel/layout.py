@@ -19,3 +19,8 @@ class Layout(NamedTuple):
     loop_reshard: str = "per_step"
     defers_reductions: bool = False
     cpu_offload: bool = False
+
+    @property
+    def n_token_shares(self) -> int:
+        """Ranks that each have a part of the tokens of the residual stream (sequence parallelism)."""
+        return self.n_tensor if self.sequence_parallel else 1

@@ -26,9 +26,9 @@ def gathered_parameters(model: LT2, layout: Layout, dtype: torch.dtype, recomput
     n_root = sum(p.numel() for p in model.parameters()) - n_in_blocks
     if layout.loop_reshard == "per_visit":
         n_root -= n_own_embedding(model)
-    blocks = [gathered_bytes(block.parameters(), dtype) // layout.n_tensor for block in model.core.blocks]
+    blocks = [gathered_bytes(block.parameters(), dtype) for block in model.core.blocks]
     is_freed = layout.loop_reshard == "per_visit" and not recomputes_loops
-    return n_root // layout.n_tensor * dtype.itemsize, min(3 * max(blocks), sum(blocks)) if is_freed else sum(blocks)
+    return n_root * dtype.itemsize, min(3 * max(blocks), sum(blocks)) if is_freed else sum(blocks)
 
 
 def n_own_embedding(model: LT2) -> int:
@@ -58,12 +58,11 @@ def memory_by_category(
     - the end, when the gradients of embedding, head and a block are being reduced.
 
     Sharded gradients exist before the last moment only if there were earlier microbatches. Left out: temporary tensors
-    inside operators, what the allocator wastes. Tensor parallelism divides weights and logits; activations are divided
-    as under sequence parallelism. Under context parallelism this is the last rank, which has the keys and values of all
-    others.
+    inside operators, what the allocator wastes. Under context parallelism this is the last rank, which has the keys and
+    values of all others.
 
     Args:
-        model: unsharded, ``meta`` will do.
+        model: a tensor-parallel rank's share (`first_share`), not sharded otherwise; ``meta`` will do.
         core: what its blocks keep of a microbatch, see `core_memory`.
         n_tokens: of a microbatch on a rank.
         dtype: of compute.
@@ -71,16 +70,15 @@ def memory_by_category(
         is_compiled: blocks and loss are.
         n_microbatches: per optimizer step.
     """
-    n_parameters = sum(p.numel() for p in model.parameters()) // layout.n_tensor
-    blocks = [sum(p.numel() for p in block.parameters()) // layout.n_tensor for block in model.core.blocks]
+    n_parameters = sum(p.numel() for p in model.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.core.blocks]
     shard = -(-n_parameters // layout.n_shards)
     on_device = 0 if layout.cpu_offload else 1
     plan = recompute_plan(
         "none" if activation_checkpoint == "memory_budget" else activation_checkpoint, skip_last_loops
     )
-    activations = core.under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
-    kept, peak, later = (size // layout.n_tensor for size in activations)
-    vocab = model.head_weight.shape[0] // layout.n_tensor
+    kept, peak, later = core.under(plan, n_loops=n_loops, n_backward_loops=n_backward_loops)
+    vocab = model.head_weight.shape[0]
     root = n_parameters - sum(blocks)
     gathered_root, gathered_blocks = gathered_parameters(model, layout, dtype, plan.loops)
     gathered_at_loss = gathered_root + (gathered_blocks if layout.loop_reshard == "per_step" else 0)
@@ -88,7 +86,7 @@ def memory_by_category(
     # Eager: log-probabilities and two gradients in fp32. Compiled: logits, which their gradient replaces.
     per_score = dtype.itemsize if is_compiled else 3 * FP32
     # Shards that are kept so beside the others, to be gathered again (see parallel/float8_linear.py).
-    casts = 0 if layout.loop_reshard == "per_step" else float8_bytes(model.parameters()) // layout.n_tensor
+    casts = 0 if layout.loop_reshard == "per_step" else float8_bytes(model.parameters())
     sizes = {
         "weights": shard * FP32 * on_device,
         "weights in float8": -(-casts // layout.n_shards),
@@ -106,7 +104,7 @@ def memory_by_category(
     before = sizes["whole gradients" if layout.defers_reductions else "gradients"] if n_microbatches > 1 else 0
     in_core = sum(blocks) * dtype.itemsize
     reduced = (root + max(blocks)) * (dtype.itemsize + FP32)
-    again = n_own_embedding(model) // layout.n_tensor * dtype.itemsize if layout.loop_reshard == "per_visit" else 0
+    again = n_own_embedding(model) * dtype.itemsize if layout.loop_reshard == "per_visit" else 0
     at_loss = before + kept + sizes["logits of a chunk"] + sizes["gradient of the head"]
     moments = (
         gathered_at_loss + at_loss,

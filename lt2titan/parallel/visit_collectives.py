@@ -8,13 +8,12 @@ twice that in an all-reduce.
 from __future__ import annotations
 
 from collections import Counter
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -23,9 +22,7 @@ from lt2titan.model.block import Block
 from lt2titan.model.context import Carry, Context
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, visit
-from lt2titan.model.shares import Share
 from lt2titan.parallel.fake_blocks import CONTEXT, TENSOR, block_inputs, of_visits
-from lt2titan.parallel.tensor_parallel import join_shares, split_parameters
 
 KINDS = {
     "_c10d_functional::all_gather_into_tensor": "all-gather",
@@ -67,17 +64,16 @@ def visit_collectives(
     n_documents: int,
     n_context: int,
     n_tensor: int,
-    sequence_parallel: bool,
+    n_token_shares: int,
     is_compiled: bool,
 ) -> list[list[Visit]]:
     """Of every visit, [loop][layer], in a microbatch on the last of the context-parallel ranks.
 
     Args:
-        model: on ``meta``, not sharded; stays as it is.
+        model: a tensor-parallel rank's share (`first_share`).
         plan: says what of blocks is computed again, where they are.
-        batch_size, length, dtype, n_documents, n_context: as in `core_memory`.
+        batch_size, length, dtype, n_documents, n_context, n_token_shares: as in `block_inputs`.
     """
-    model = _shares_of(model, n_tensor, sequence_parallel) if n_tensor > 1 else model
     n_ranks = {TENSOR: n_tensor, CONTEXT: n_context}
     eager = torch.compiler.set_stance("force_eager")
     with FakeTensorMode(), eager, set_checkpoint_early_stop(not is_compiled):
@@ -88,23 +84,9 @@ def visit_collectives(
             dtype=dtype,
             n_documents=n_documents,
             n_context=n_context,
-            n_token_shares=n_tensor if sequence_parallel else 1,
+            n_token_shares=n_token_shares,
         )
         return of_visits(model.core, h, context, carry, partial(_visit, plan, n_ranks))
-
-
-def _shares_of(model: LT2, n_tensor: int, sequence_parallel: bool) -> LT2:
-    """A copy with the first rank's parameters."""
-    splits = split_parameters(model, n_tensor)
-    shares = {}
-    for name, parameter in model.named_parameters():
-        share = parameter
-        if (dim := splits.get(name)) is not None:
-            share = nn.Parameter(parameter.detach().narrow(dim, 0, parameter.shape[dim] // n_tensor))
-        shares[id(parameter)] = share
-    copy = deepcopy(model, shares)
-    join_shares(copy, Share(0, n_tensor, TENSOR), sequence_parallel)
-    return copy
 
 
 def _visit(

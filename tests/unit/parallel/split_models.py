@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lt2titan.config.job import JobConfig
 from lt2titan.data.device import model_inputs
@@ -43,7 +45,8 @@ from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.communication_estimate import Sent
-from lt2titan.parallel.config import ActivationCheckpointConfig, Float8Config
+from lt2titan.parallel.config import ActivationCheckpointConfig, Float8Config, ParallelismConfig
+from lt2titan.parallel.fake_blocks import first_share
 from lt2titan.parallel.fsdp import reshard
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
@@ -75,6 +78,13 @@ FOUR_HEADS = replace(
     hgrn2=HGRN2Config(n_heads=4),
     retnet=RetNetConfig(n_heads=4),
 )
+
+LAYOUTS = {
+    "tensor": Layout(n_tensor=2, sequence_parallel=True),
+    "tensor, whole residual stream": Layout(n_tensor=2, sequence_parallel=False),
+    "context": Layout(n_context=2, n_shards=2),
+    "context and tensor": Layout(n_context=2, n_shards=2, n_tensor=2, sequence_parallel=True),
+}
 
 
 def config(mixer: str, rare: str = "", mixers: MixersConfig = MIXERS, tied: bool = True) -> ModelConfig:
@@ -235,6 +245,18 @@ def in_turn(works: list[Callable[[], None]]) -> None:
         work()
 
 
+@contextmanager
+def last_rank(layout: Layout) -> Iterator[ParallelDims]:
+    """Be the last of the ranks, of which the others are not there."""
+    n_ranks = layout.n_tensor * layout.n_context
+    dist.init_process_group("fake", store=FakeStore(), rank=n_ranks - 1, world_size=n_ranks)
+    degrees = ParallelismConfig(tensor_parallel_degree=layout.n_tensor, context_parallel_degree=layout.n_context)
+    try:
+        yield ParallelDims.build(degrees, "cpu")
+    finally:
+        dist.destroy_process_group()
+
+
 def estimated(
     config: ModelConfig,
     layout: Layout,
@@ -257,5 +279,5 @@ def estimated(
     job.float8 = Float8Config(recipe=recipe, emulate=True, auto_filter=False, min_size=16)
     model = build_on_meta(config, "reference")
     convert_to_float8(job, model, layout.n_tensor * layout.n_context)
-    sent = estimate_communication(job, model, layout, torch.float64, torch.float64)
+    sent = estimate_communication(job, first_share(model, layout), layout, torch.float64, torch.float64)
     return {name: n for name, n in sent.items() if "shard" not in name}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from checkpoint_models import (
     n_bytes,
     saved_bytes,
 )
+from live_bytes import Live
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
@@ -92,33 +92,6 @@ def test_a_graph_can_be_walked_twice(mode: str) -> None:
     expected = gradients(plain, batch())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.equal(parameter.grad, 2 * expected[name]), name
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that operators make and that are still alive, now and at most; ``given`` do not count."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in given}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known[key] = weakref.finalize(storage, self._forget, key, size)
-            self.now += size
-            self.most = max(self.most, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.now -= size
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])

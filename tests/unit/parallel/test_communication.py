@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from counted_collectives import collectives
 from split_models import (
     FOUR_HEADS,
+    LAYOUTS,
     ONE_GROUP,
     TWO_KEY_HEADS,
     batches,
     config,
     estimated,
+    last_rank,
     loss_of,
     own_part,
     split_model,
 )
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lt2titan.model import head, parallel_head, shares
 from lt2titan.model.config import LoopConfig, ModelConfig
@@ -31,7 +31,6 @@ from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.model.shares import Share
 from lt2titan.parallel import communication_estimate
 from lt2titan.parallel.communication_estimate import Sent, together
-from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 
@@ -43,18 +42,6 @@ def in_fp64() -> Iterator[None]:
     torch.set_default_dtype(DTYPE)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def last_rank(layout: Layout) -> Iterator[ParallelDims]:
-    """Be the last of the ranks, of which the others are not there."""
-    n_ranks = layout.n_tensor * layout.n_context
-    dist.init_process_group("fake", store=FakeStore(), rank=n_ranks - 1, world_size=n_ranks)
-    degrees = ParallelismConfig(tensor_parallel_degree=layout.n_tensor, context_parallel_degree=layout.n_context)
-    try:
-        yield ParallelDims.build(degrees, "cpu")
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -100,14 +87,6 @@ def check(layout: Layout, shape: ModelConfig, mode: str = "none", packed: bool =
     expected = counted(layout, shape, mode, packed)
     assert expected
     assert estimated(shape, layout, mode, packed=packed) == expected
-
-
-LAYOUTS = {
-    "tensor": Layout(n_tensor=2, sequence_parallel=True),
-    "tensor, whole residual stream": Layout(n_tensor=2, sequence_parallel=False),
-    "context": Layout(n_context=2, n_shards=2),
-    "context and tensor": Layout(n_context=2, n_shards=2, n_tensor=2, sequence_parallel=True),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

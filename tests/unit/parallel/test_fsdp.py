@@ -31,8 +31,10 @@ from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
 from lt2titan.optim.clip import clip_grad_norm
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
+from lt2titan.parallel.communication_estimate import of_parameters
 from lt2titan.parallel.config import ParallelismConfig
 from lt2titan.parallel.fsdp import kept_gathered, reshard, set_gradient_sync
+from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
@@ -72,8 +74,8 @@ def rows(step: int = 0) -> torch.Tensor:
     return torch.randint(0, 37, (N_ROWS, 9), generator=torch.Generator().manual_seed(step))
 
 
-def loss_of(model: LT2, rows: torch.Tensor) -> torch.Tensor:
-    return model(rows[:, :-1], targets=rows[:, 1:]) / (N_ROWS * 8)
+def loss_of(model: LT2, rows: torch.Tensor, **loops: int) -> torch.Tensor:
+    return model(rows[:, :-1], targets=rows[:, 1:], **loops) / (N_ROWS * 8)
 
 
 def whole_model(n_loops: int, is_tied: bool = True) -> LT2:
@@ -98,7 +100,7 @@ def sharded_model(n_loops: int, case: Case) -> LT2:
     return model
 
 
-def backward(model: LT2, case: Case, step: int = 0) -> torch.Tensor:
+def backward(model: LT2, case: Case, step: int = 0, **loops: int) -> torch.Tensor:
     """This rank's share of a step's rows, as the trainer runs them; returns its loss."""
     total = torch.zeros(())
     mine = rows(step).chunk(dist.get_world_size())[dist.get_rank()]
@@ -107,7 +109,7 @@ def backward(model: LT2, case: Case, step: int = 0) -> torch.Tensor:
     for i, microbatch in enumerate(microbatches, start=1):
         if case.defers:
             set_gradient_sync(model, i == case.n_microbatches)
-        loss = loss_of(model, microbatch)
+        loss = loss_of(model, microbatch, **loops)
         loss.backward()
         total += loss.detach()
     reshard(model)
@@ -200,6 +202,26 @@ def other_policies_gather_more() -> None:
         assert (gathers, reductions) == (N_LAYERS * (m + 1) + 1, m * GROUPS)
         gathers, reductions, _ = travels(n_loops, Case("per_visit", m))
         assert (gathers, reductions) == ((2 * N_LAYERS * n_loops + 1) * m, m * GROUPS)
+
+
+def truncated_steps_are_counted_as_estimated() -> None:
+    """Loops without gradients have no backward pass to gather for, and an untied embedding none to reduce."""
+    for n_loops, n_backward_loops in ((3, 1), (4, 2)):
+        for is_tied in (True, False):
+            for policy, m, defers in (("per_step", 2, True), ("per_pass", 2, False), ("per_visit", 2, False)):
+                model = sharded_model(n_loops, case := Case(policy, m, defers, is_tied=is_tied))
+                found = collectives(partial(backward, model, case, n_backward_loops=n_backward_loops))
+                predicted = of_parameters(
+                    whole_model(n_loops, is_tied),
+                    Layout(n_shards=2, loop_reshard=policy, defers_reductions=defers),
+                    n_microbatches=m,
+                    n_loops=n_loops,
+                    n_backward_loops=n_backward_loops,
+                    dtype=torch.float32,
+                    reduce_dtype=torch.float32,
+                )
+                gathers, reductions = (sent.n_times for sent in predicted.values())
+                assert (found["gather"], found["reduce_scatter"]) == (gathers, reductions), (n_loops, case)
 
 
 def an_untied_embedding_is_a_group() -> None:
@@ -331,6 +353,7 @@ def test_two_ranks() -> None:
         partial(trains_as_one_process, one_process(is_tied=False), untied),
         per_step_gathers_once,
         other_policies_gather_more,
+        truncated_steps_are_counted_as_estimated,
         an_untied_embedding_is_a_group,
         the_next_block_is_on_its_way,
         observers_see_whole_weights,

@@ -39,6 +39,8 @@ MEASURED = [
     pytest.param("nested", 4, 1, True, 26.2, marks=pytest.mark.wide),
     ("memory_budget", 4, 1, True, 78.7),
     ("selective", 4, 1, False, 100.2),
+    ("loop", 4, 1, False, 56.3),
+    ("nested", 4, 1, False, 27.4),
 ]
 
 
@@ -99,6 +101,9 @@ def test_peak_of_the_1_3b_recipe_in_float8_as_measured(
     assert memory["peak"] / 2**30 == pytest.approx(measured_gib, rel=0.05)
 
 
+SIZES: Any = {"n_loops": 4, "n_backward_loops": 0, "dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+
+
 @pytest.mark.parametrize(
     ("policy", "n_gathers"), [("per_step", 21), ("per_pass", 20 * 4 + 1), ("per_visit", (2 * 20 * 4 + 1) * 3)]
 )
@@ -107,7 +112,7 @@ def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bo
     """parallel/fsdp.py states the counts, and test_fsdp.py asserts them of real runs; 20 blocks, T = 4, m = 3."""
     model = build_on_meta(load_config(RECIPE).model, "reference")
     layout = Layout(n_replicas=2, n_shards=8, loop_reshard=policy, defers_reductions=defers)
-    result = of_parameters(model, layout, n_microbatches=3, n_loops=4, dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    result = of_parameters(model, layout, n_microbatches=3, **SIZES)
     gathers, scatters = (result[f"{kind} over shard ranks"] for kind in ("all-gather", "reduce-scatter"))
     sums = result["all-reduce over replicate ranks"]
     assert gathers.n_times == n_gathers
@@ -124,8 +129,7 @@ def test_collectives_as_fsdp_counts_them(policy: str, n_gathers: int, defers: bo
 )
 def test_an_untied_embedding_is_a_group_of_its_own(policy: str, n_gathers: int) -> None:
     model = build_on_meta(load_config(RECIPE, ["--model.no_tie_embeddings"]).model, "reference")
-    sizes = {"n_microbatches": 3, "n_loops": 4, "dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    result = of_parameters(model, Layout(n_shards=8, loop_reshard=policy), **sizes)  # type: ignore[arg-type]
+    result = of_parameters(model, Layout(n_shards=8, loop_reshard=policy), n_microbatches=3, **SIZES)
     assert result["all-gather over shard ranks"][0] == n_gathers
     assert result["reduce-scatter over shard ranks"][0] == 22 * 3
     assert result["reduce-scatter over shard ranks"][1] == 3 * sum(p.numel() for p in model.parameters()) * 4 * 7 // 8
