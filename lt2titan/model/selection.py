@@ -29,7 +29,7 @@ def selection_figures(
         places among the row's keys, which is ``before`` where the loop reuses it.
     """
     q, k, _ = mixer.heads(x, context)
-    q, k = mixer.of_all_ranks(q, mixer.head_dim), mixer.of_all_ranks(k, mixer.head_dim)
+    q, k = mixer.of_all_ranks(q, mixer.head_dim), mixer.all_keys(k)
     q, k, index_q, index_k, w = (t.reshape(len(counted), -1, *t.shape[2:]) for t in (q, k, *mixer.index(x, context)))
     cu_seqlens = context.cu_seqlens
     if context.stretch is not None:

@@ -2,8 +2,8 @@
 as rings (`visit_collectives.ring`).
 
 Left out is what is small: numbers for the log, gradient norms and scales of float8 over all ranks, and, over tensor
-ranks, gradients of the gains and biases that are whole on each of them. Mode memory_budget, under which torch.compile
-may send again, counts as none.
+ranks, gradients of what is whole on each of them (gains, biases, low-rank maps, key heads that they share). Mode
+memory_budget, under which torch.compile may send again, counts as none.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ embedding end by summing what the ranks give:
     without             it is whole on every rank; the sum is an all-reduce, and so is the norms' backward pass.
 
 Parameters become DTensors over the tensor axis before FSDP2 shards them further. Gradients of those that are whole on
-every rank (o_norm, low-rank maps, B and C of Mamba-2, under sequence parallelism norms and rho) are summed over the
-axis when FSDP2 reduces them: once per backward pass, whatever the number of loops.
+every rank (o_norm, low-rank maps, B and C of Mamba-2, key heads that ranks share, under sequence parallelism norms and
+rho) are summed over the axis when FSDP2 reduces them: once per backward pass, whatever the number of loops.
 """
 
 from __future__ import annotations

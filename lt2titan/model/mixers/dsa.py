@@ -14,6 +14,7 @@ from lt2titan.model.layers import Linear, WholeLinear
 from lt2titan.model.mixers.base import Common, Mixer, State, StateSpec
 from lt2titan.model.mixers.config import DSAConfig
 from lt2titan.model.mixers.full import write
+from lt2titan.model.mixers.key_heads import own_key_heads
 from lt2titan.model.mixers.rows import DocumentRows
 from lt2titan.model.shares import gather_last, local
 from lt2titan.model.stretch import Stretch, rows_so_far
@@ -77,7 +78,8 @@ class DSA(Mixer):
         return self.o_proj(y), carry
 
     def heads(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, L, H, D), k and v (B, L, Hkv, D) of x (B, L, dim)."""
+        """q (B, L, H, D), k and v (B, L, Hkv, D) of x (B, L, dim): of this rank's heads, or k and v of all
+        heads (`_keys_are_whole`)."""
         tables = context.rotary[self.head_dim]
         q = apply_rotary(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
         k = apply_rotary(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), tables)
@@ -105,8 +107,9 @@ class DSA(Mixer):
             q, k, v, index = _with_earlier_keys(q, k, v, index, context.stretch)
             cu_seqlens = context.stretch.cu_seqlens_k
         indices = lse = None
+        own_k, own_v = self._own_keys(k), self._own_keys(v)
         if sees_all:
-            y = self._attend_all(q, k, v, context, cu_seqlens)
+            y = self._attend_all(q, own_k, own_v, context, cu_seqlens)
         else:
             if index is None:
                 indices = carry[_slot(0)]
@@ -119,14 +122,14 @@ class DSA(Mixer):
                     cu_seqlens=cu_seqlens,
                     backend=self.backend,
                 )
-            y, lse = dsa_attention(q, k, v, indices, backend=self.backend)
+            y, lse = dsa_attention(q, own_k, own_v, indices, backend=self.backend)
         carry = self._rotated(carry, indices)
         if learns:
             assert index is not None
             kl = dsa_indexer_kl(
                 *index,
                 self.of_all_ranks(q, self.head_dim),
-                self.of_all_ranks(k, self.head_dim),
+                self.all_keys(k),
                 indices=indices,
                 lse=None if lse is None else self.of_all_ranks(lse),
                 cu_seqlens=cu_seqlens,
@@ -155,6 +158,20 @@ class DSA(Mixer):
             return x
         gathered = gather_last(x.flatten(2), self.share)
         return gathered.unflatten(-1, (-1, width)) if width else gathered
+
+    def all_keys(self, k: Tensor) -> Tensor:
+        """Keys (B, L, Hkv, D) of all heads, without gradient, of what `heads` gives."""
+        return k.detach() if self._keys_are_whole(self.share.n_ranks) else self.of_all_ranks(k, self.head_dim)
+
+    def _own_keys(self, keys: Tensor) -> Tensor:
+        """Keys, or values, that this rank's query heads attend to, of what `heads` gives."""
+        if not self._keys_are_whole(self.share.n_ranks):
+            return keys  # they came split
+        return own_key_heads(keys, self.n_heads, self.share)
+
+    def _keys_are_whole(self, n_ranks: int) -> bool:
+        """Whether every tensor-parallel rank has all key heads, since they cannot be split evenly."""
+        return self.n_kv_heads % n_ranks != 0
 
     def _rotated(self, carry: Carry, indices: Tensor | None) -> Carry:
         """The carry after this layer. Its selections are a queue: a layer takes its own from the front and puts it, or
@@ -225,7 +242,9 @@ class DSA(Mixer):
         return name.startswith("index_")
 
     def split_parameters(self, n_ranks: int) -> dict[str, int]:
-        rows = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
+        rows = ["q_proj.weight"]
+        if not self._keys_are_whole(n_ranks):
+            rows += ["k_proj.weight", "v_proj.weight"]
         if self.gate_proj is not None:
             rows.append("gate_proj.weight")
         return {**dict.fromkeys(rows, 0), "o_proj.weight": 1}

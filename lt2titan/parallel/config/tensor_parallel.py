@@ -42,7 +42,8 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
             sizes["mixers.rwkv7 heads (dim / head_dim)"] = model.dim // section.head_dim
             continue
         sizes[f"mixers.{name}.n_heads"] = section.n_heads
-        is_shared = name == "nsa" and section.n_kv_heads == 1  # then every rank has that one key head
+        # Then every rank has the key heads that its query heads read: dsa whatever they are, nsa if there is one.
+        is_shared = name == "dsa" or (name == "nsa" and section.n_kv_heads == 1)
         if getattr(section, "n_kv_heads", 0) and not is_shared:  # of grouped values there are multiples of n_heads
             sizes[f"mixers.{name}.n_kv_heads"] = section.n_kv_heads
     sizes["ffn_dim"] = model.ffn_width

@@ -108,6 +108,15 @@ def test_refusals_name_the_key_the_file_and_the_way_out(tmp_path: Path, text: st
         load_config(write(tmp_path / "bad.toml", text))
 
 
+@pytest.mark.parametrize("recipe", ["pure_dsa", "hybrid_gdn_dsa", "hybrid_full_dsa"])
+def test_recipes_of_one_key_head_run_on_two_tensor_parallel_ranks(recipe: str) -> None:
+    config = load_config(
+        ROOT / "train_configs" / "ablations" / f"{recipe}_1.3b.toml", ["--parallelism.tensor_parallel_degree", "2"]
+    )
+    assert "dsa" in config.model.layer_mixers and config.model.mixers.dsa.n_kv_heads == 1
+    config.validate_layout(2)
+
+
 def test_hyphens_are_underscores(tmp_path: Path) -> None:
     file = write(tmp_path / "x.toml", "")
     assert load_config(file, ["--training.seq-len", "48"]).training.seq_len == 48

@@ -204,11 +204,14 @@ def test_sizes_that_do_not_fit_say_why(config: DSAConfig, message: str) -> None:
         ModelConfig(dim=64, mixer="dsa", mixers=MixersConfig(dsa=config)).validate()
 
 
-def test_key_heads_that_ranks_cannot_split_are_refused() -> None:
-    config = ModelConfig(dim=64, mixer="dsa", ffn_dim=64, vocab_size=64)  # one key head
-    with pytest.raises(ConfigError, match=r"does not split model\.mixers\.dsa\.n_kv_heads = 1 .*: \[1\]"):
-        check_tensor_parallel(config, 2)
-    check_tensor_parallel(replace(config, mixers=MixersConfig(dsa=DSAConfig(n_kv_heads=4))), 4)
+@pytest.mark.parametrize("n_kv_heads", [0, 1, 2, 6])
+def test_ranks_split_query_heads_whatever_the_key_heads_are(n_kv_heads: int) -> None:
+    mixers = MixersConfig(dsa=DSAConfig(n_heads=12, n_kv_heads=n_kv_heads))
+    config = ModelConfig(dim=48, mixer="dsa", ffn_dim=48, vocab_size=48, mixers=mixers)
+    for degree in (2, 4, 12):
+        check_tensor_parallel(config, degree)
+    with pytest.raises(ConfigError, match=r"does not split model\.mixers\.dsa\.n_heads = 12 .*: \[1, 2, 3, 4, 6, 12\]"):
+        check_tensor_parallel(config, 8)
 
 
 def test_flops_are_those_of_what_is_executed() -> None:

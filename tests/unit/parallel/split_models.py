@@ -71,6 +71,9 @@ MIXERS = MixersConfig(
 )
 ONE_GROUP = replace(MIXERS, mamba2=Mamba2Config(n_heads=4, n_groups=1, state_size=6))
 TWO_KEY_HEADS = replace(MIXERS, nsa=NSAConfig(n_heads=4, n_kv_heads=2, block_size=2, n_blocks=4, window=3))
+ONE_KEY_HEAD = replace(MIXERS, dsa=replace(MIXERS.dsa, n_kv_heads=1))
+THREE_KEY_HEADS = replace(MIXERS, dsa=replace(MIXERS.dsa, n_heads=6, n_kv_heads=3))
+"""Of dsa, for a width that 6 heads divide; rank 0 of two has the middle key head for one of its query heads only."""
 FOUR_HEADS = replace(
     MIXERS,
     full=FullConfig(n_heads=4, n_kv_heads=4),

@@ -15,6 +15,7 @@ from split_models import (
     FOUR_HEADS,
     LAYOUTS,
     ONE_GROUP,
+    ONE_KEY_HEAD,
     TWO_KEY_HEADS,
     batches,
     config,
@@ -107,6 +108,7 @@ def test_mixers(layout: str, mixer: str) -> None:
 def test_heads_that_ranks_share_packed_rows_and_truncated_gradients(layout: str) -> None:
     check(LAYOUTS[layout], config("mamba2", mixers=ONE_GROUP))
     check(LAYOUTS[layout], config("gdn", "nsa", mixers=TWO_KEY_HEADS), "block")
+    check(LAYOUTS[layout], config("gdn", "dsa", mixers=ONE_KEY_HEAD), "block")
     check(LAYOUTS[layout], config("gdn", "full", tied=False), "block", packed=True)
     check(LAYOUTS[layout], replace(config("gdn", "full"), loop=LoopConfig(backward_loops=1)), "block")
 

@@ -101,6 +101,8 @@ def with_fsdp_and_tensor_parallelism() -> None:
     assert (dims.shard, dims.context, dims.tensor) == (1, 2, 2)
     check_same(config("gdn", "dsa", mixers=REUSED), dims, packed=True, n_steps=2)
     check_same(config("dsa"), dims, sequence_parallel=False, options={"sees_all": True})
+    one_key_head = replace(REUSED, dsa=replace(REUSED.dsa, n_kv_heads=1))
+    check_same(config("dsa", mixers=one_key_head), dims, packed=True)
 
 
 def compiled() -> None:

@@ -20,6 +20,8 @@ from split_models import (
     LENGTH,
     MIXERS,
     ONE_GROUP,
+    ONE_KEY_HEAD,
+    THREE_KEY_HEADS,
     TWO_KEY_HEADS,
     batches,
     check_evaluated,
@@ -64,6 +66,9 @@ def every_mixer() -> None:
     check_same(config("mamba2", mixers=ONE_GROUP), dims)
     check_same(config("nsa", mixers=TWO_KEY_HEADS), dims, packed=True)
     check_same(config("gdn", "dsa"), dims, options={"sees_all": True})
+    check_same(config("dsa", mixers=ONE_KEY_HEAD), dims, packed=True)
+    check_same(config("dsa", mixers=ONE_KEY_HEAD), dims, options={"sees_all": True})
+    check_same(replace(config("dsa", mixers=THREE_KEY_HEADS), dim=24), dims, packed=True)
 
 
 def without_sequence_parallelism() -> None:
@@ -71,6 +76,7 @@ def without_sequence_parallelism() -> None:
     check_same(config("gdn", "full", tied=False), dims, sequence_parallel=False, packed=True)
     check_same(config("mamba2", "rwkv7", mixers=ONE_GROUP), dims, sequence_parallel=False)
     check_same(config("gdn", "dsa"), dims, sequence_parallel=False, packed=True)
+    check_same(config("gdn", "dsa", mixers=ONE_KEY_HEAD), dims, sequence_parallel=False, packed=True)
 
 
 def several_steps() -> None:
@@ -109,6 +115,7 @@ def diagnosed_and_observed_alike() -> None:
         (config("nsa"), 3 * 6 - 1),
         (config("nsa", mixers=TWO_KEY_HEADS), 17),
         (config("gdn", "dsa"), 17),
+        (replace(config("gdn", "dsa", mixers=THREE_KEY_HEADS), dim=24), 17),
     )
     for shape, n_figures in shapes:
         one, split = whole_model(shape), split_model(shape, dims, True)
@@ -183,8 +190,9 @@ def logits_are_whole_and_odd_lengths_refused() -> None:
 
 
 def with_fsdp() -> None:
-    """Shards of shares: two heads of two ranks each leave one of two FSDP ranks without any A_log."""
-    dims, shape = mesh(2), config("gdn", "full", mixers=replace(MIXERS, gdn=GDNConfig(n_heads=2)))
+    """Shards of shares: two heads of two ranks each leave one of two FSDP ranks without any A_log; and of weights that
+    tensor-parallel ranks have whole."""
+    dims, shape = mesh(2), config("gdn", "dsa", mixers=replace(ONE_KEY_HEAD, gdn=GDNConfig(n_heads=2)))
     check_same(shape, dims, n_steps=2)
     split, one = split_model(shape, dims, True), whole_model(shape)
     folder = [tempfile.mkdtemp()]
@@ -227,11 +235,12 @@ def compiled() -> None:
     dims = mesh(2)
     for name in ("rwkv7", "mamba2", "retnet", "nsa"):
         check_same(config(name, "full", mixers=ONE_GROUP), dims, compile_backend="aot_eager", packed=True)
+    check_same(config("dsa", mixers=ONE_KEY_HEAD), dims, compile_backend="aot_eager", packed=True)
     check_same(config("hgrn2", "full"), dims, compile_backend="aot_eager", sequence_parallel=False)
 
 
 def four_shares() -> None:
-    for name in ("gdn", "full", "hgrn2", "retnet", "mamba2", "nsa"):
+    for name in ("gdn", "full", "hgrn2", "retnet", "mamba2", "nsa", "dsa"):
         check_same(config(name, mixers=FOUR_HEADS), mesh(4), packed=True)
 
 

@@ -16,7 +16,8 @@ class DSAConfig:
     n_heads: int = 16
     """Heads of the queries; must split dim."""
     n_kv_heads: int = 1
-    """Key and value heads; 0 means as many as n_heads. One is the fastest: what is gathered serves all query heads."""
+    """Key and value heads; 0 means as many as n_heads. One is the fastest: what is gathered serves all query heads.
+    Tensor-parallel ranks that cannot split them evenly all have them whole, and split query heads only."""
     output_gate: bool = False
     """Multiply the attention output by sigmoid(W_g x), W_g zero-initialised, before the output projection."""
     top_k: int = 2048
