@@ -139,13 +139,12 @@ def choose(
         defer_reductions: "auto", "on" or "off".
         can_defer: there are several microbatches, and ranks to reduce over.
     """
+    layout = layout._replace(defers_reductions=can_defer and defer_reductions == "on")
     policies = ["per_step", "per_pass", "per_visit"] if loop_reshard == "auto" else [loop_reshard]
     layouts = [layout._replace(loop_reshard=policy) for policy in policies]
     layout = next((layout for layout in layouts if peak(layout) <= usable), layouts[-1])
     deferred = layout._replace(defers_reductions=True)
-    if can_defer and (peak(deferred) <= usable if defer_reductions == "auto" else defer_reductions == "on"):
-        return deferred
-    return layout
+    return deferred if can_defer and defer_reductions == "auto" and peak(deferred) <= usable else layout
 
 
 def core_of(config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, is_compiled: bool = False) -> CoreMemory:

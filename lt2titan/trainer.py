@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -215,9 +216,9 @@ class Trainer:
                 self.folder,
                 self.step,
             )
-        gc.disable()  # collections at different times on different ranks would make all of them wait
         batches = iter(self.train_loader)
         with (
+            _no_automatic_collection(),
             maybe_profile(
                 config.profiling,
                 self.folder,
@@ -251,7 +252,6 @@ class Trainer:
                     with phase("garbage collection"):
                         gc.collect()
                 profiler.step()
-        gc.enable()
         self._summarise()
 
     def _summarise(self) -> None:
@@ -406,3 +406,13 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+
+@contextmanager
+def _no_automatic_collection() -> Iterator[None]:
+    """Garbage collections at different times on different ranks would make all of them wait."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

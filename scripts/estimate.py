@@ -66,9 +66,9 @@ def estimate(config: JobConfig) -> dict[str, Any]:
 
 
 def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) -> dict[str, Any]:
-    """Memory per device by category and communication per step on ``world_size`` GPUs of ``device_memory`` bytes (0:
-    as comm.device_memory_gib says). Attention is taken to gather keys (parallelism.context_parallel_attention = "ring"
-    takes less)."""
+    """Memory per device by category, and communication of a step with the most loops, on ``world_size`` GPUs of
+    ``device_memory`` bytes (0: as comm.device_memory_gib says). Attention is taken to gather keys
+    (parallelism.context_parallel_attention = "ring" takes less)."""
     config.validate_layout(world_size)
     model = build_on_meta(config.model, "reference" if config.kernels.backend == "reference" else "fla")
     precision, is_compiled = config.training.mixed_precision_param, config.compile.enable
@@ -85,6 +85,7 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
         "world_size": world_size,
         "layout": layout._asdict(),
         "memory_bytes": memory,
+        "communication_loops": config.model.n_loops,
         "communication": {
             name: {"count": sent.n_times, "bytes_sent": sent.n_bytes}
             for name, sent in estimate_communication(config, share, layout, dtype, reduce_dtype).items()
@@ -95,16 +96,19 @@ def estimate_layout(config: JobConfig, world_size: int, device_memory: int = 0) 
 def of_modes(
     config: JobConfig, model: LT2, layout: Layout, dtype: torch.dtype, core: CoreMemory
 ) -> dict[str, dict[str, int]]:
-    """Bytes that depend on activation_checkpoint.mode, in every mode but memory_budget. ``core`` is the configured
-    mode's, and all are sums of it; under memory_budget it is measured once more without."""
+    """Bytes that depend on activation_checkpoint.mode. ``core`` is the configured mode's, and all are sums of it, but
+    for memory_budget, whose blocks are others; it is left out where blocks are not compiled."""
     names, is_compiled = ("activations kept", "activations in backward", "peak"), config.compile.enable
+    cores = {config.activation_checkpoint.mode == "memory_budget": core}
     found: dict[str, dict[str, int]] = {}
-    if config.activation_checkpoint.mode == "memory_budget":
-        unlimited = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode="none"))
-        core = core_of(unlimited, model, layout, dtype, is_compiled)
-    for mode in ("none", "selective", "block", "loop", "nested"):
+    for mode in ("none", "selective", "memory_budget", "block", "loop", "nested"):
+        if mode == "memory_budget" and not is_compiled:
+            continue
         other = replace(config, activation_checkpoint=replace(config.activation_checkpoint, mode=mode))
-        sizes = estimate_memory(other, model, layout, core, dtype, is_compiled)
+        is_budgeted = mode == "memory_budget"
+        if is_budgeted not in cores:
+            cores[is_budgeted] = core_of(other, model, layout, dtype, is_compiled)
+        sizes = estimate_memory(other, model, layout, cores[is_budgeted], dtype, is_compiled)
         found[mode] = {name: sizes[name] for name in names}
     return found
 
@@ -115,10 +119,15 @@ def show_layout(result: dict[str, Any]) -> None:
     for name, size in result["memory_bytes"].items():
         table.add_row(name, f"{size / 2**30:.2f} GiB")
     for name, row in result["communication"].items():
-        table.add_row(f"{name}, per step", f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent")
+        table.add_row(
+            f"{name}, per step of {result['communication_loops']} loops",
+            f"{row['count']:,}, {row['bytes_sent'] / 2**30:.2f} GiB sent",
+        )
     console = Console()
     console.print(table)
     title = "by activation_checkpoint.mode, this layout"
+    if "memory_budget" not in result["activation_modes"]:
+        title += " (memory_budget needs compile.enable)"
     modes = Table("mode", *next(iter(result["activation_modes"].values())), title=title)
     for mode, sizes in result["activation_modes"].items():
         modes.add_row(mode, *(f"{size / 2**30:.2f} GiB" for size in sizes.values()))

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,11 @@ PROFILED_STEPS = 4
 def configuration(
     recipe: str, overrides: list[str], *, n_warm_up: int, n_steps: int, is_profiled: bool, folder: str
 ) -> JobConfig:
-    """The recipe on random tokens, without validation, checkpoints and diagnostics; every step is logged."""
+    """The recipe on random tokens, without validation, checkpoints and diagnostics; every step is logged.
+
+    Raises:
+        SystemExit: ``overrides`` change that.
+    """
     n_all = n_warm_up + n_steps
     options = {
         "training.dataset": "synthetic",
@@ -54,8 +59,18 @@ def configuration(
     if is_profiled:
         switches.append("profiling.enable_profiling")
         options |= {"profiling.profile_freq": n_all, "profiling.profiler_warmup": PROFILED_STEPS - 1}
-    given = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    return load_config_or_exit(recipe, [*given, *(f"--{name}" for name in switches), *overrides], 1)
+    own = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    own += [f"--{name}" for name in switches]
+    config = load_config_or_exit(recipe, [*own, *overrides], 1)
+    measured = asdict(load_config_or_exit(recipe, [*overrides, *own], 1))
+    for section, values in asdict(config).items():
+        for key, value in values.items():
+            if value != measured[section][key]:
+                sys.exit(
+                    f"measure_training: --{section}.{key} {value}: leave it out, a measurement sets it itself "
+                    f"({measured[section][key]!r}; steps by --warm-up and --steps, a trace by --profile)"
+                )
+    return config
 
 
 def measure(

@@ -108,12 +108,12 @@ def _traces(
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
 
-    saved = start_step
+    saved, has_failed = start_step, False
 
     def save(profiler: profile) -> None:
         nonlocal saved
         step = start_step + profiler.step_num
-        if step == saved:  # the run ended at the very start of a trace
+        if step == saved or has_failed:  # the run ended at the very start of a trace, or within a step of it
             return
         saved = step
         folder = dump_folder / config.save_traces_folder / f"iteration_{step}"
@@ -143,6 +143,9 @@ def _traces(
         named = _NamedSteps(profiler, model, device)
         try:
             yield named
+        except BaseException:
+            has_failed = True
+            raise
         finally:
             named.close()
 

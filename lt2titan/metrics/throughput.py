@@ -16,7 +16,6 @@ class ThroughputSample:
     tflops: float  # model TFLOP/s per device
     mfu: float | None  # fraction of the peak; None where the peak is unknown
     data_wait_fraction: float  # of the time of the steps, on this rank
-    seconds: float  # of the steps since the previous sample, pauses left out
 
 
 class Throughput:
@@ -83,7 +82,6 @@ class Throughput:
             tflops=flops_per_second / 1e12,
             mfu=None if self._peak_flops is None else flops_per_second / self._peak_flops,
             data_wait_fraction=self._wait_seconds / seconds,
-            seconds=seconds,
         )
         self._restart()
         return sample

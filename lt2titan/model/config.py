@@ -102,13 +102,19 @@ class LoopConfig:
             raise ConfigError("loops", self.loops, reason)
         if self.windows and len(self.windows) != n_loops:
             raise ConfigError("windows", self.windows, f"needs one entry per loop, n_loops is {n_loops}")
-        fewest = {"fixed": n_loops, "list": min(self.loops, default=n_loops)}.get(self.schedule, self.min_loops)
+        fewest = min(self.counts(n_loops))
         if 0 < self.backward_loops < fewest and not tie_embeddings:
             reason = (
                 f"no gradient would ever reach the embedding, as every step runs at least {fewest} loops; use 0 or at "
                 f"least {fewest}, let some steps run fewer loops, or tie the embedding to the head (tie_embeddings)"
             )
             raise ConfigError("backward_loops", self.backward_loops, reason)
+
+    def counts(self, n_loops: int) -> list[int]:
+        """The numbers of loops that steps may run, of ``n_loops`` that are built."""
+        if self.schedule == "fixed":
+            return [n_loops]
+        return self.loops if self.schedule == "list" else list(range(self.min_loops, n_loops + 1))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,6 +192,20 @@ class ModelConfig:
                 getattr(self.mixers, name).validate(self.dim)
             except ConfigError as error:
                 raise ConfigError(f"mixers.{name}.{error.key}", error.value, error.reason) from None
+        if "dsa" in self.layer_mixers:
+            self._validate_that_indexers_learn()
+
+    def _validate_that_indexers_learn(self) -> None:
+        """Indexers have a gradient in loops that choose keys anew, if gradients pass through these."""
+        every, n_backward = self.mixers.dsa.reuse_every, self.loop.backward_loops or self.n_loops
+        counts = self.loop.counts(self.n_loops)
+        if not any(loop % every == 0 for n in counts for loop in range(max(n - n_backward, 0), n)):
+            reason = (
+                f"layers of dsa choose keys anew in every {every}th loop from the first (mixers.dsa.reuse_every), and "
+                f"none of these is among the last {n_backward}: their indexers would never learn. Raise backward_loops "
+                "or lower reuse_every"
+            )
+            raise ConfigError("loop.backward_loops", n_backward, reason)
 
     def _validate_part(self, name: str, method: str = "validate", *arguments: Any) -> None:
         try:

@@ -23,8 +23,9 @@ class LoopObserver:
 
     Both are called without gradient mode, on the core's own level: checkpointing, which runs blocks and loops again in
     the backward pass, does not call them again, and compiled blocks do not know of them. Under FSDP the weights of the
-    block just visited, and those outside the core, are gathered when they are called. Under sequence parallelism hidden
-    states are those of this rank's tokens; norms (mixer_norm, the model's) return all of them.
+    block just visited, and those outside the core, are gathered when they are called, unless blocks are freed after
+    each visit (see `fsdp.kept_gathered`). Under sequence parallelism hidden states are those of this rank's tokens;
+    norms (mixer_norm, the model's) return all of them.
     """
 
     def after_block(self, block: Block, x: Tensor, context: Context) -> None:

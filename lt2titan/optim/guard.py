@@ -30,8 +30,10 @@ class NonFiniteGuard:
         """Take the optimizer's step unless ``loss`` or ``grad_norm`` (scalars) is not finite."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         # The same door that torch.amp.GradScaler uses: fused optimizers leave parameters and state as they are where
-        # found_inf is 1.
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        # found_inf is 1. Offloaded parameters are on the host, which has to wait for it: the optimizer itself would
+        # send it there without waiting, and read what had been there before.
+        device = optimizer.param_groups[0]["params"][0].device
+        optimizer.found_inf = bad.float().to(device)  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
         skipped, in_a_row = self._counts

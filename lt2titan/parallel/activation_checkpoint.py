@@ -19,7 +19,7 @@ logger = logging.getLogger("lt2titan")
 
 KEPT_OPERATORS = frozenset(
     {
-        # Matrix products; of float8 ones also the scale, for which another rank may have to be asked.
+        # Matrix products; of float8 ones also the scale, a pass over memory for one number.
         "aten::mm",
         "aten::addmm",
         "aten::bmm",
@@ -36,7 +36,6 @@ KEPT_OPERATORS = frozenset(
         # What has travelled between ranks. Not what was gathered, which is larger than what it was gathered from.
         "_c10d_functional::reduce_scatter_tensor",
         "_c10d_functional::all_reduce",
-        "_c10d_functional::all_to_all_single",
     }
 )
 """Mode selective keeps the outputs of these, and of all operators of this project but RECOMPUTED_OPERATORS."""

@@ -84,22 +84,16 @@ class CoreMemory:
         n_loops = n_loops or len(self.blocks)
         loops = range(n_loops - (n_backward_loops or n_loops), n_loops)
         recomputed = [loop for loop in loops if plan.of_loop(loop, n_loops) is plan and (plan.loops or plan.blocks)]
-        held = self.shared + sum(self._held(plan, loop) for loop in recomputed)
+        held = self.shared
         if recomputed:
             held += self.carry  # enters the first of them, and is one more than they write
             if plan.loops or not plan.block_contexts or not self.blocks[recomputed[-1]][-1].carry_selected:
                 held -= self._last_carry(plan, recomputed[-1])
-        whole = [loop for loop in loops if loop not in recomputed]
-        kept = held + sum(self._whole(loop) for loop in whole)
-        peak = max([kept, *(held + self._again(plan, loop) for loop in recomputed[-1:])])
-        if whole:  # these are the last
-            later = max(
-                kept - self._whole(whole[-1]), *(held + self._again(plan, loop) for loop in [*recomputed[-1:], 0])
-            )
-        else:
-            later = held - self._held(plan, recomputed[-1])
-            later += self._again(plan, recomputed[-2]) if len(recomputed) > 1 else 0
-        return ActivationMemory(kept, peak, later)
+        peaks = [held]  # without any loop, then when each loop's backward pass begins
+        for loop in loops:
+            held += self._held(plan, loop) if loop in recomputed else self._whole(loop)
+            peaks.append(held + (self._again(plan, loop) if loop in recomputed else 0))
+        return ActivationMemory(kept=held, peak=max(peaks), later=max(peaks[:-1]))
 
     def _whole(self, loop: int) -> int:
         return sum(self.input + block.saved for block in self.blocks[loop])

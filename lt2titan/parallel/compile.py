@@ -122,13 +122,14 @@ class RecompileWatch:
             training: arguments of LT2.forward that have the shapes of a microbatch; targets may all be ignored.
             validation: the same of a validation batch; None if there is no validation.
             loops: (n_loops, n_backward_loops) of the steps to come. The most loops need all graphs, except where
-                softmax layers have another window in each loop: then all of them run.
+                loops differ, by the windows of softmax layers or by choosing keys anew (dsa): then all of them run.
             phases: values of sees_all (see LT2.forward) in the steps and validations to come.
         """
         start, n_before = time.perf_counter(), _n_graphs()
+        are_alike = len(_windows(model)) == 1 and model.core.reuse_every == 1
         for sees_all in phases:
             options = {"sees_all": sees_all, "with_auxiliary": True}
-            for n_loops, n_backward_loops in sorted(loops) if len(_windows(model)) > 1 else [max(loops)]:
+            for n_loops, n_backward_loops in [max(loops)] if are_alike else sorted(loops):
                 loss, auxiliary = model(**training, n_loops=n_loops, n_backward_loops=n_backward_loops, **options)
                 sum(auxiliary.values(), loss).backward()
             if validation is not None:

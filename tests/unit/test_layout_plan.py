@@ -49,6 +49,7 @@ def test_what_is_configured_is_done() -> None:
     assert chosen(12, loop_reshard="per_visit") == ("per_visit", True)
     assert chosen(0, loop_reshard="per_step") == ("per_step", False)
     assert chosen(0, defer_reductions="on") == ("per_visit", True)
+    assert chosen(10, defer_reductions="on") == ("per_pass", True)  # per_step would fit were they not deferred
     assert chosen(12, defer_reductions="off") == ("per_step", False)
     assert chosen(12, defer_reductions="on", can_defer=False) == ("per_step", False)
 

@@ -32,6 +32,17 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_step_that_fails_is_no_trace(tmp_path: Path) -> None:
+    config = ProfilingConfig(enable_profiling=True, profile_freq=3, profiler_warmup=1, profiler_active=1)
+    with pytest.raises(RuntimeError, match="fails"), maybe_profile(config, tmp_path, rank=0) as profiler:
+        for step in range(1, 4):
+            torch.ones(3).sum()
+            if step == 3:
+                raise RuntimeError("fails")
+            profiler.step()
+    assert not list(tmp_path.rglob("*trace*"))
+
+
 def test_only_the_chosen_steps_are_traced(tmp_path: Path) -> None:
     config = ProfilingConfig(enable_profiling=True, profile_freq=5, profiler_active=1, profiler_warmup=2)
     train(config, tmp_path, 1, 12, rank=3)

@@ -30,7 +30,6 @@ def test_mfu_by_hand() -> None:
     assert sample.tokens_per_second == pytest.approx(12002.93, rel=1e-6)
     assert sample.tflops == pytest.approx(51.37254, rel=1e-6)
     assert sample.mfu == pytest.approx(0.0519439, rel=1e-5)
-    assert sample.seconds == pytest.approx(27.3)
 
 
 def test_flops_follow_a_changing_loop_count() -> None:
@@ -52,7 +51,7 @@ def test_waits_count_and_pauses_do_not() -> None:
     with throughput.paused():
         clock.now += 50.0
     sample = throughput.measure()
-    assert (sample.seconds, sample.tokens_per_second, sample.data_wait_fraction) == (4.0, 20.0, 0.25)
+    assert (sample.tokens_per_second, sample.data_wait_fraction) == (20.0, 0.25)
     assert sample.mfu is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import dsa_truth
@@ -13,7 +14,7 @@ from torch import Tensor
 from lt2titan.config.section import ConfigError
 from lt2titan.kernels.dsa import dsa_select
 from lt2titan.model.block import Block
-from lt2titan.model.config import ModelConfig
+from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.context import Context
 from lt2titan.model.flops import training_flops_per_token
 from lt2titan.model.indexer_schedule import IndexerSchedule
@@ -127,6 +128,26 @@ def test_recomputation_changes_nothing(kind: str, plan: RecomputePlan, sees_all:
     want = run(model, 0.7, sees_all=sees_all)
     model.core.recompute = plan
     torch.testing.assert_close(run(model, 0.7, sees_all=sees_all), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loop", "reuse_every", "learns"),
+    [
+        (LoopConfig(backward_loops=1), 2, False),  # the last of 4 loops reuses what the third has chosen
+        (LoopConfig(backward_loops=2), 2, True),
+        (LoopConfig(backward_loops=1), 3, True),
+        (LoopConfig(backward_loops=3), 4, False),
+        (LoopConfig(), 4, True),
+        (LoopConfig(schedule="list", loops=[3, 4], backward_loops=1), 2, True),
+        (LoopConfig(schedule="uniform", min_loops=2, backward_loops=1), 4, False),
+    ],
+)
+def test_indexers_that_would_never_learn_are_refused(loop: LoopConfig, reuse_every: int, learns: bool) -> None:
+    mixers = MixersConfig(dsa=DSAConfig(n_heads=4, reuse_every=reuse_every))
+    model = ModelConfig(mixer="dsa", hybrid=HybridConfig(), mixers=mixers, loop=loop)
+    refused = pytest.raises(ConfigError, match=rf"loop.backward_loops = {loop.backward_loops}: .*every {reuse_every}th")
+    with nullcontext() if learns else refused:
+        model.validate()
 
 
 @pytest.mark.parametrize(("n_loops", "n_backward_loops"), [(3, 0), (2, 0), (3, 1), (3, 2)])

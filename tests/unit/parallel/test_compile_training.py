@@ -21,7 +21,7 @@ from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.head import chunk_loss_sum, loss_sum
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import FullConfig, GDNConfig, MixersConfig
+from lt2titan.model.mixers.config import DSAConfig, FullConfig, GDNConfig, MixersConfig
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from lt2titan.parallel.compile import RecompileError, RecompileWatch, apply_compile
 
@@ -132,6 +132,18 @@ def test_a_window_per_loop_with_truncated_gradients_warms_up_every_number_of_loo
                 step(model, BATCHES[1], n_loops=n, n_backward_loops=1),
                 step(eager, BATCHES[1], n_loops=n, n_backward_loops=1),
             )
+            watch.check(n)
+
+
+def test_choosing_keys_anew_in_some_loops_warms_up_every_number_of_loops() -> None:
+    """With n loops, gradients begin at loop n: the second of 2 reuses what it sees, the third of 3 chooses anew."""
+    dsa = DSAConfig(n_heads=2, top_k=3, n_index_heads=2, index_head_dim=6, reuse_every=2)
+    config = replace(SOFTMAX, mixer="dsa", mixers=replace(SOFTMAX.mixers, dsa=dsa))
+    model, watch = compiled(config), RecompileWatch(True)
+    watch.warm_up(model, BATCHES[0], None, [(n, 1) for n in (2, 3)])
+    with watch.watching():
+        for n in (2, 3):
+            step(model, BATCHES[1], n_loops=n, n_backward_loops=1)
             watch.check(n)
 
 

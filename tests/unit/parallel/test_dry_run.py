@@ -100,9 +100,12 @@ def launch(*overrides: str, config: Path = TINY, **environment: str) -> subproce
 
 def test_run_train(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    result = launch("--comm.mode", "fake_backend", "--job.dump_folder", str(folder), *BATCH, NGPU="512")
+    degrees = {"data_parallel_replicate_degree": 16, "context_parallel_degree": 4, "tensor_parallel_degree": 2}
+    layout = [text for name, degree in degrees.items() for text in (f"--parallelism.{name}", str(degree))]
+    result = launch("--comm.mode", "fake_backend", "--job.dump_folder", str(folder), *BATCH, *layout, NGPU="512")
     assert result.returncode == 0, result.stdout
-    assert "shard 512" in result.stdout and "dry run: 512 processes" in result.stdout
+    assert "replicate 16 x shard 4 x context 4 x tensor 2" in result.stdout
+    assert "dry run: 512 processes" in result.stdout
     assert not folder.exists()
 
 

@@ -199,6 +199,12 @@ def test_the_script_reports_a_layout_and_refuses_one_that_does_not_fit() -> None
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["layout"]["n_shards"] == 4 and report["memory_bytes"]["peak"] > 0
+    assert list(report["activation_modes"]) == ["none", "selective", "block", "loop", "nested"]
+    compiled = [*command, "--world-size", "4", "--compile.enable", "--activation_checkpoint.memory_budget", "0.2"]
+    result = subprocess.run([*compiled, "--json"], capture_output=True, text=True, cwd=ROOT)
+    modes = json.loads(result.stdout.splitlines()[-1])["activation_modes"]
+    none, budgeted, block = (modes[mode]["activations kept"] for mode in ("none", "memory_budget", "block"))
+    assert none > budgeted > block
     split = ["--parallelism.context_parallel_degree", "2", "--training.local_batch_size", "1"]
     result = subprocess.run([*command, "--world-size", "4", "--json", *split], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -130,6 +130,13 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
     assert result.returncode == 2 and "model.n_loops" in result.stdout + result.stderr and not output.exists()
 
 
+def test_a_measurement_is_not_changed_in_passing() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "measure_training.py"), "--config", str(TINY)]
+    for override in ("metrics.log_freq", "training.steps"):
+        result = subprocess.run([*script, f"--{override}", "7"], capture_output=True, text=True, timeout=100)
+        assert result.returncode == 1 and f"--{override} 7: leave it out" in result.stderr
+
+
 def test_sampled_loops_are_compared_with_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else fixed and sampled loops would be two amounts of work."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
