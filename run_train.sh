@@ -58,7 +58,8 @@ if [ "$NNODES" -gt 1 ]; then
     --master-addr "${MASTER_ADDR:?several nodes need MASTER_ADDR}" --master-port "${MASTER_PORT:-29500}"
     --role "node$NODE_RANK.rank")
 else
-  rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 --role rank)
+  # Ranks meet at localhost: a machine need not know its own name.
+  rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0 --local-addr localhost --role rank)
 fi
 exec "$python" -m torch.distributed.run --nproc-per-node "$NGPU" "${rendezvous[@]}" \
   --local-ranks-filter "${LOG_RANK:-0}" --tee 3 \

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from estimate import estimate
 from rich import box
@@ -179,14 +179,13 @@ def show(results: list[dict[str, Any]]) -> None:
     Console(width=max(130, Console().width)).print(table)
 
 
-def join_a_group_of_one() -> None:
-    """What torchrun would set for a single process."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+def join_a_group_of_one() -> dist.TCPStore:
+    """What torchrun would set for a single process. Keep what is returned, which holds the port until the process group
+    shares it: a port that is free now may be taken by then."""
+    store = dist.TCPStore("localhost", 0, is_master=True, multi_tenant=True)
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+    return store
 
 
 def main() -> None:
@@ -196,7 +195,7 @@ def main() -> None:
         reason = f"--mixers {' '.join(unknown)}: there are {', '.join(MixersConfig.names())}" if unknown else ""
         sys.exit(f"benchmark_mixers: {reason or '--steps must be more than 3: the first three are not counted'}")
     init_logging()
-    join_a_group_of_one()
+    _store = join_a_group_of_one()
     results = []
     with process_group() as device:
         for mixer in arguments.mixers:

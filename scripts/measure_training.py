@@ -161,7 +161,7 @@ def main() -> None:
     if arguments.steps < n_needed or arguments.warm_up < 1:
         parser.error(f"--warm-up must be at least 1, and --steps at least {n_needed} here")
     init_logging()
-    join_a_group_of_one()
+    _store = join_a_group_of_one()
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(
             arguments.config,

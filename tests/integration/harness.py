@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "assets" / "tiny.toml"
@@ -29,14 +32,28 @@ def launch(
     folder: Path, *overrides: str, n_ranks: int = 1, config: Path = TINY, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """``./run_train.sh`` into ``folder``; output and errors together."""
-    return subprocess.run(
-        [str(ROOT / "run_train.sh"), "--job.dump_folder", str(folder), *overrides],
+    command = [str(ROOT / "run_train.sh"), "--job.dump_folder", str(folder), *overrides]
+    process = subprocess.Popen(
+        command,
         env=environment(n_ranks, CONFIG_FILE=str(config), **changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
     )
+    try:
+        output, _ = process.communicate(timeout=500)
+    finally:
+        kill_all(process)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """``process`` and all that it has started: torchrun puts its workers into sessions of their own."""
+    if process.poll() is None:
+        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                victim.kill()
+    process.wait()
 
 
 def train(folder: Path, *overrides: str, n_ranks: int = 1, **changes: Any) -> str:
@@ -63,5 +80,5 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from harness import ROOT, environment, metrics
+from harness import ROOT, environment, kill_all, metrics
 from layout_cases import CASES, LAYOUTS, MIXERS, MODELS, WIDE, Case
 
 PATIENCE = 180
-"""Seconds without an outcome after which a run hangs."""
+"""Seconds without an outcome after which a run hangs; while processes start, which import torch side by side, more."""
+PATIENCE_AT_START = 400
 
 CASES_PER_LAUNCH = 25
 """Every mesh leaves process groups with threads and sockets of their own: sixty cases of four ranks had a thousand."""
@@ -44,7 +44,7 @@ class Launch:
             elif (self.folder / self.left[0] / "finished").exists():
                 if self.left[0] == self.last:
                     self.stop()
-                self.left, self.since = self.left[1:], time.monotonic()
+                self.left, self.since, self.patience = self.left[1:], time.monotonic(), PATIENCE
             elif reason := self._trouble():
                 # The others may wait for a rank that has left: what is left starts anew.
                 self.stop()
@@ -69,15 +69,15 @@ class Launch:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self.since = time.monotonic()
+        self.since, self.patience = time.monotonic(), PATIENCE_AT_START
 
     def _trouble(self) -> str:
         """Why the run at hand will not finish; "" while it may."""
         assert self.process is not None
         if self.process.poll() is not None and not (self.folder / self.left[0] / "finished").exists():
             return "its processes are gone"
-        if time.monotonic() - self.since > PATIENCE:
-            return f"hung for {PATIENCE} s, and was ended"
+        if time.monotonic() - self.since > self.patience:
+            return f"hung for {self.patience} s, and was ended"
         return ""
 
     def _what_ranks_say(self) -> str:
@@ -86,13 +86,8 @@ class Launch:
         return "\n".join(["", *texts])
 
     def stop(self) -> None:
-        if self.process is None:
-            return
-        # torchrun puts its workers into sessions of their own: name every one.
-        if self.process.poll() is None:
-            for victim in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                victim.kill()
-        self.process.wait()
+        if self.process is not None:
+            kill_all(self.process)
         self.process = None
 
 

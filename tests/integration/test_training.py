@@ -10,11 +10,10 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-from harness import ROOT, TINY, environment, launch, losses, metrics, run_script, train
+from harness import ROOT, TINY, environment, kill_all, launch, losses, metrics, run_script, train
 
 GOLDEN = ROOT / "tests" / "assets" / "golden_losses.json"
 EVERY_STEP = {
@@ -112,13 +111,12 @@ def test_killed_run_resumes_without_losing_or_repeating_steps(straight: Path, tm
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.time() + 120
-    while time.time() < deadline and not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
-        time.sleep(0.05)
-    # torchrun puts its workers into sessions of their own: name every one.
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        victim.kill()
-    process.wait()
+    try:
+        while not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        kill_all(process)
     newest = max(int(p.name.split("-")[1]) for p in (tmp_path / "checkpoint").iterdir())
     steps = str(max(20, newest + 3))
     train(tmp_path, "--training.steps", steps, "--lr_scheduler.total_steps", "20")
@@ -205,8 +203,9 @@ def test_profiler_writes_a_trace_of_the_chosen_step(tmp_path: Path) -> None:
 def test_default_recipe_starts_on_two_ranks(tmp_path: Path) -> None:
     """The README's line, but for its length."""
     short = ["--training.steps", "2", "--validation.no_enable", "--checkpoint.no_enable"]
-    train(tmp_path, *short, n_ranks=2, config=ROOT / "train_configs" / "lt2_debug.toml")
-    assert len(losses(tmp_path)) == 2
+    run, cache = tmp_path / "run", str(tmp_path / "cache")
+    train(run, *short, n_ranks=2, config=ROOT / "train_configs" / "lt2_debug.toml", XDG_CACHE_HOME=cache)
+    assert len(losses(run)) == 2
 
 
 def test_going_back_to_an_earlier_step_leaves_one_line_of_history(straight: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ class Slow(Texts):
                 time.sleep({pause})
             yield text
 
+print("here", flush=True)
 store = cached_store(Slow(make_texts(2500, seed=1)), build_tokenizer(DataConfig()), Path(sys.argv[1]))
 print(store.fingerprint, flush=True)
 """
@@ -113,7 +114,9 @@ print(store.fingerprint, flush=True)
 def start_builder(cache: Path, pause: float, **environment: str) -> subprocess.Popen[str]:
     code = BUILDER.format(tests=str(Path(__file__).parent), pause=pause)
     command = [sys.executable, "-c", code, str(cache)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    builder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    assert builder.stdout is not None and builder.stdout.readline() == "here\n"
+    return builder
 
 
 def test_a_killed_build_is_taken_over(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -140,7 +143,7 @@ def test_others_wait_for_the_builder(tmp_path: Path, tokenizer: Tokenizer) -> No
 def test_local_rank_0_builds(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks are here first and wait all the same, so that the rank that logs is the one that works."""
     others = [start_builder(tmp_path, pause=0, LOCAL_RANK=rank) for rank in ("1", "2")]
-    time.sleep(2)
+    time.sleep(0.5)  # they are at it
     monkeypatch.setenv("LOCAL_RANK", "0")
     source = Texts(make_texts(2500, seed=1))
     store = cached_store(source, tokenizer, tmp_path)

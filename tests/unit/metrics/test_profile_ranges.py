@@ -174,7 +174,6 @@ def test_summary_of_a_real_trace(tmp_path: Path, mode: str, is_compiled: bool) -
     assert summary.busy + summary.idle == pytest.approx(summary.step)
     assert sum(operation.time for operation in summary.operations.values()) == pytest.approx(summary.busy)
     assert sum(sum(times.values()) for times in summary.loops.values()) == pytest.approx(summary.busy)
-    assert summary.accounted > 0.95
     outside = summary.phases["outside"]
     assert summary.accounted == pytest.approx(1 - (outside.busy + outside.idle) / summary.step)
     assert sum(part.busy + part.idle for part in summary.phases.values()) == pytest.approx(summary.step)
@@ -189,6 +188,10 @@ def test_summary_of_a_real_trace(tmp_path: Path, mode: str, is_compiled: bool) -
     arrows = {end: {e["id"]: e for e in raw if e.get("cat") == "fwdbwd" and e["ph"] == end} for end in "sf"}
     thread = next(event.thread for event in events if event.name.startswith("ProfilerStep#"))
     host = Host(events, thread)
+    # By operations: of so short steps the profiler's own work, between phases, takes a part that varies.
+    operations = [event for event in events if event.category == "cpu_op" and event.thread == thread]
+    phases = Counter(host.place(thread, operation.start)[0] for operation in operations)
+    assert phases["outside"] < 0.01 * phases.total()
     seen: Counter[tuple[str, str]] = Counter()
     for number, arrow in arrows["s"].items():
         forward = host.place((arrow["pid"], arrow["tid"]), arrow["ts"])
