@@ -10,12 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.model.block import Block
 from lt2titan.model.config import FULL_WINDOW, ModelConfig
-from lt2titan.model.context import Carry, Context
+from lt2titan.model.context import Carry, Context, rotary_tables
 from lt2titan.model.mixers.base import State
 from lt2titan.model.recompute import KEEP_ALL, RecomputePlan, recomputed, visit
-from lt2titan.model.shares import local
+from lt2titan.model.shares import Share, local
+from lt2titan.model.stretch import find_stretch
 
 
 class LoopObserver:
@@ -45,6 +47,7 @@ class LoopedCore(nn.Module):
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.n_loops = config.n_loops
+        self.rope_theta = config.rope_theta
         self.windows = [0 if w == FULL_WINDOW else w for w in config.loop.windows]
         kinds = config.layer_mixers
         self.reuse_every = config.mixers.dsa.reuse_every if "dsa" in kinds else 1
@@ -69,6 +72,61 @@ class LoopedCore(nn.Module):
         """rho (dim,) of a loop, None without."""
         return None if self.rho is None else local(self.rho, is_summed=not self.sees_all_tokens)[loop]
 
+    def make_context(
+        self,
+        positions: Tensor,
+        *,
+        stretches: Share,
+        is_ring: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        chunk_indices: Tensor | None = None,
+        max_seqlen: int = 0,
+        sees_all: bool = False,
+        is_decoding: bool = False,
+    ) -> Context:
+        """What the blocks of a forward pass share. Packed rows become one, which is what their kernels take.
+
+        Args:
+            positions: (B, L) int64, of this rank's tokens in their documents.
+            stretches: of every row, which tokens these are.
+            is_ring: attention passes keys round among the ranks of ``stretches``.
+            cu_seqlens, cu_seqlens_k, chunk_indices, max_seqlen, sees_all: as of LT2.forward.
+            is_decoding: earlier keys are in a decode state, which knows where its blocks lie.
+        """
+        row_length, stretch = positions.shape[1], None
+        if stretches.n_ranks > 1:
+            stretch = find_stretch(positions, stretches, cu_seqlens, cu_seqlens_k, is_ring)
+        if cu_seqlens is not None:
+            positions = positions.reshape(1, -1)
+        batch, length = positions.shape
+        widths = sorted({width for block in self.blocks for width in block.mixer.rotary_dims})
+        sizes = [] if is_decoding else sorted({block.mixer.key_block_size for block in self.blocks} - {0})
+        length_k = (stretches.rank + 1) * length
+        return Context(
+            positions,
+            {width: rotary_tables(positions, width, self.rope_theta) for width in widths},
+            cu_seqlens,
+            chunk_indices,
+            (max_seqlen or row_length) * stretches.n_ranks,
+            stretch=stretch,
+            key_blocks={
+                size: block_layout(
+                    batch, length, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens_k
+                )
+                for size in sizes
+            },
+            sees_all=sees_all,
+        )
+
+    def initial_carry(self, h: Tensor, context: Context) -> Carry:
+        """What the first block is given beside h (B, L, dim). Every name is there from the start: one structure, so
+        that a compiled block needs one graph."""
+        carry: Carry = {}
+        for block in self.blocks:
+            carry.update(block.mixer.initial_carry(h, context))
+        return carry
+
     def forward(
         self,
         h: Tensor,
@@ -86,10 +144,7 @@ class LoopedCore(nn.Module):
         n_loops = n_loops or self.n_loops
         first_backward_loop = n_loops - n_backward_loops if n_backward_loops else 0
         has_grad = torch.is_grad_enabled()
-        # Every name is there from the start: one structure, so that a compiled block needs one graph.
-        carry: Carry = {}
-        for block in self.blocks:
-            carry.update(block.mixer.initial_carry(h, context))
+        carry = self.initial_carry(h, context)
         differentiable = {name for name, value in carry.items() if value.requires_grad}
         for loop in range(n_loops):
             if has_grad and first_backward_loop and loop in (0, first_backward_loop):

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.kernels.packing import check_cu_seqlens
 from lt2titan.model.config import ModelConfig
-from lt2titan.model.context import Context, rotary_tables
 from lt2titan.model.head import ChunkLoss, chunk_loss_sum, logits, loss_sum
 from lt2titan.model.layers import Embedding, Linear, RMSNorm
 from lt2titan.model.looped_core import LoopedCore
 from lt2titan.model.shares import Share
 from lt2titan.model.state import DecodeState
-from lt2titan.model.stretch import find_stretch
 
 
 class LT2(nn.Module):
@@ -108,24 +103,18 @@ class LT2(nn.Module):
         elif positions is None:
             first = self.stretches.rank * shape[1]
             positions = torch.arange(first, first + shape[1], device=tokens.device).expand(shape)
-        stretch = None
-        if self.stretches.n_ranks > 1:
-            stretch = find_stretch(positions, self.stretches, cu_seqlens, cu_seqlens_k, self.is_ring)
-        if cu_seqlens is not None:  # packed kernels take one row with boundaries
-            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
-        rotary = {d: rotary_tables(positions, d, self.config.rope_theta) for d in sorted(set(self._rotary_dims()))}
-        max_seqlen = (max_seqlen or shape[1]) * self.stretches.n_ranks
-        context = Context(positions, rotary, cu_seqlens, chunk_indices, max_seqlen, stretch=stretch, sees_all=sees_all)
-        if state is None:
-            sizes = {block.mixer.key_block_size for block in self.core.blocks} - {0}
-            (batch, length), n = positions.shape, self.stretches.rank + 1
-            layouts = {
-                size: block_layout(
-                    batch, length, size, cu_seqlens, tokens.device, length_k=n * length, cu_seqlens_k=cu_seqlens_k
-                )
-                for size in sorted(sizes)
-            }
-            context = replace(context, key_blocks=layouts)
+        context = self.core.make_context(
+            positions,
+            stretches=self.stretches,
+            is_ring=self.is_ring,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            chunk_indices=chunk_indices,
+            max_seqlen=max_seqlen,
+            sees_all=sees_all,
+            is_decoding=state is not None,
+        )
+        tokens = tokens.reshape(context.positions.shape)
         h, auxiliary = self.core(
             self.embedding(tokens), context, None if state is None else state.slots, n_loops, n_backward_loops
         )
@@ -170,6 +159,3 @@ class LT2(nn.Module):
             )
         if torch.is_grad_enabled():
             raise ValueError("a decode state is updated in place, which gradients cannot follow: use torch.no_grad()")
-
-    def _rotary_dims(self) -> Iterator[int]:
-        return (width for block in self.core.blocks for width in block.mixer.rotary_dims)

@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lt2titan.kernels.nsa.layout import block_layout
 from lt2titan.model.block import Block
-from lt2titan.model.context import Carry, Context, rotary_tables
+from lt2titan.model.context import Carry, Context
 from lt2titan.model.looped_core import LoopedCore
 from lt2titan.model.lt2 import LT2
 from lt2titan.model.mixers.dsa import DSA
 from lt2titan.model.mixers.full import Full
 from lt2titan.model.shares import Share
-from lt2titan.model.stretch import find_stretch
 from lt2titan.parallel.float8 import zeros_as_gathered
 from lt2titan.parallel.layout import Layout
 from lt2titan.parallel.tensor_parallel import join_shares, split_parameters
@@ -63,30 +61,16 @@ def block_inputs(
         n_context: context-parallel ranks, of whose rows these are the last stretches.
         n_token_shares: the hidden states are of 1 / n_token_shares of the tokens, see `Layout`.
     """
-    core = model.core
-    shape = (1, batch_size * length) if n_documents else (batch_size, length)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    widths = {width for block in core.blocks for width in block.mixer.rotary_dims}
-    rotary = {d: rotary_tables(positions, d, model.config.rope_theta) for d in sorted(widths)}
     cu_seqlens = torch.zeros(n_documents + 1, dtype=torch.int32) if n_documents else None
-    sizes = {block.mixer.key_block_size for block in core.blocks} - {0}
-    length_k = n_context * shape[1]
-    layouts = {
-        size: block_layout(*shape, size, cu_seqlens, positions.device, length_k=length_k, cu_seqlens_k=cu_seqlens)
-        for size in sorted(sizes)
-    }
-    stretch = None
-    if n_context > 1:
-        share = Share(n_context - 1, n_context, CONTEXT)
-        stretch = find_stretch(torch.zeros(batch_size, length, dtype=torch.int64), share, cu_seqlens, cu_seqlens)
-    max_seqlen = length * n_context
-    context = Context(positions, rotary, cu_seqlens, None, max_seqlen, stretch=stretch, key_blocks=layouts)
-    own = (shape[0], shape[1] // n_token_shares, model.config.dim)
-    h = torch.zeros(own, dtype=dtype, requires_grad=True)
-    carry: Carry = {}
-    for block in core.blocks:
-        carry.update(block.mixer.initial_carry(h, context))
-    return h, context, carry
+    context = model.core.make_context(
+        torch.zeros(batch_size, length, dtype=torch.int64),
+        stretches=Share(n_context - 1, n_context, CONTEXT),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens if n_context > 1 else None,
+    )
+    n_rows, n_tokens = context.positions.shape
+    h = torch.zeros(n_rows, n_tokens // n_token_shares, model.config.dim, dtype=dtype, requires_grad=True)
+    return h, context, model.core.initial_carry(h, context)
 
 
 def of_visits(
