@@ -96,13 +96,8 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
     if config.compile.enable and not is_settled:
         is_compiled = True
         planned, sizes, _ = chosen(is_compiled)
-    resident = ("weights", "gradients", "optimizer state", "gathered parameters", "whole gradients", "activations kept")
     logger.info(
-        "memory per device, estimated of %s blocks: %s; peak %s of %s. fsdp_loop_reshard = %s (%s), reductions %s (%s)",
-        "compiled" if is_compiled else "eager",
-        ", ".join(f"{name} {_gib(sizes[name])}" for name in resident),
-        _gib(sizes["peak"]),
-        _gib(device_memory),
+        "fsdp_loop_reshard = %s (%s), reductions %s (%s)",
         planned.loop_reshard,
         "auto" if parallelism.fsdp_loop_reshard == "auto" else "as configured",
         "deferred to the last microbatch"
@@ -112,14 +107,7 @@ def plan_layout(config: JobConfig, model: LT2, world_size: int, dtype: torch.dty
         else "nothing to defer",
         parallelism.fsdp_defer_reductions,
     )
-    if sizes["peak"] > usable:
-        logger.warning(
-            "a step is estimated to need %s, and the device has %s, of which temporary tensors take some: if it runs "
-            "out of memory, %s",
-            _gib(sizes["peak"]),
-            _gib(device_memory),
-            ADVICE,
-        )
+    _report(sizes, is_compiled, device_memory)
     return planned
 
 
@@ -243,6 +231,26 @@ def estimate_memory(
         is_compiled=is_compiled,
         n_microbatches=n_microbatches,
     )
+
+
+def _report(sizes: dict[str, int], is_compiled: bool, device_memory: int) -> None:
+    """Log what a step should need, and warn if that hardly fits."""
+    resident = ("weights", "gradients", "optimizer state", "gathered parameters", "whole gradients", "activations kept")
+    logger.info(
+        "memory per device, estimated of %s blocks: %s; peak %s of %s",
+        "compiled" if is_compiled else "eager",
+        ", ".join(f"{name} {_gib(sizes[name])}" for name in resident),
+        _gib(sizes["peak"]),
+        _gib(device_memory),
+    )
+    if sizes["peak"] > USABLE * device_memory:
+        logger.warning(
+            "a step is estimated to need %s, and the device has %s, of which temporary tensors take some: if it runs "
+            "out of memory, %s",
+            _gib(sizes["peak"]),
+            _gib(device_memory),
+            ADVICE,
+        )
 
 
 def _microbatches(config: JobConfig, layout: Layout) -> tuple[int, int]:
