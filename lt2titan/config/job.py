@@ -102,9 +102,12 @@ class JobConfig:
     def _check_sequence_parallel(self) -> None:
         """Refuse rows that tensor-parallel ranks cannot split by tokens."""
         tensor, context = self.parallelism.tensor_parallel_degree, self.parallelism.context_parallel_degree
+        parts = f"tensor_parallel_degree {tensor}"
+        if context > 1:
+            parts += f" x context_parallel_degree {context} = {tensor * context}"
         for name, length in self._lengths().items():
             if length % (tensor * context):
-                reason = f"{name} = {length} is no multiple of {tensor * context}; change it, or set this to false"
+                reason = f"{name} = {length} is no multiple of {parts}; change either, or set this to false"
                 raise ConfigError("sequence_parallel", True, reason)
 
     def _lengths(self) -> dict[str, int]:

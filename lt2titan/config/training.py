@@ -76,8 +76,9 @@ class TrainingConfig:
             return local, 1
         n_microbatches, rest = divmod(total, max(local, 1) * dp_size)
         if rest or not n_microbatches:
-            reason = f"is no multiple of local_batch_size x data-parallel ranks = {max(local, 1)} x {dp_size}"
-            raise ConfigError("global_batch_size", total, f"{reason} = {max(local, 1) * dp_size}; use one that is")
+            at_once = f"local_batch_size x data-parallel ranks = {local} x {dp_size} = {local * dp_size}"
+            parts = at_once if local else f"the {dp_size} data-parallel ranks"
+            raise ConfigError("global_batch_size", total, f"is no multiple of {parts}; use one that is")
         return (local, n_microbatches) if local else (n_microbatches, 1)
 
 

@@ -48,7 +48,8 @@ def plan_float8(
 
     Args:
         device: that must be able to run it; None asks for none.
-        n_tokens: of a microbatch on one rank.
+        n_tokens: of a microbatch on one rank, over which the gradient of a weight is summed: a side of that product.
+            Batches without gradients (validation) may have any number, which is then no side that is summed over.
 
     Raises:
         ConfigError: it cannot run here, or would only slow training down.

@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from harness import ROOT, TINY, environment, kill_all, launch, losses, metrics, run_script, train
+
+from lt2titan.metrics.trace_summary import OUTSIDE, read_trace, render, summarize
 
 GOLDEN = ROOT / "tests" / "assets" / "golden_losses.json"
 EVERY_STEP = {
@@ -195,9 +198,26 @@ def test_every_mixer_trains_alone(tmp_path: Path, mixer: str) -> None:
 
 
 def test_profiler_writes_a_trace_of_the_chosen_step(tmp_path: Path) -> None:
+    """Every phase of docs/profiling.md in one step, and the loops and blocks of its passes."""
     profile = ["--profiling.enable_profiling", "--profiling.profile_freq", "3", "--profiling.profiler_warmup", "1"]
-    train(tmp_path, *profile, "--training.steps", "3", "--validation.no_enable")
-    assert (tmp_path / "profile_traces" / "iteration_3" / "rank0_trace.json.gz").stat().st_size > 1000
+    train(tmp_path, *profile, "--training.steps", "3", "--training.gc_freq", "3", "--validation.freq", "3")
+    folder = tmp_path / "profile_traces" / "iteration_3"
+    assert [path.name for path in (tmp_path / "profile_traces").iterdir()] == ["iteration_3"]
+    events = read_trace(folder / "rank0_trace.json.gz")
+    summary = summarize(events)
+    assert (summary.device, summary.n_steps) == ("cpu", 1)
+    documented = re.search(r"^\| (`phase .*?) \|", (ROOT / "docs" / "profiling.md").read_text(), re.MULTILINE)
+    assert documented is not None
+    phases = {name.removeprefix("phase ") for name in re.findall("`(.+?)`", documented[1])}
+    assert set(summary.phases) == phases | {OUTSIDE} and len(phases) == 11
+    assert summary.accounted >= 0.95
+    for of in (summary.loops, summary.kinds):
+        assert all({"forward", "backward", "validation"} <= set(of[label]) for label in of if label != OUTSIDE), of
+    assert set(summary.loops) == {"1", "2", OUTSIDE} and set(summary.kinds) == {"gdn", "full", OUTSIDE}
+    visits = Counter(event.name for event in events if re.fullmatch(r"loop \d block \d \w+", event.name))
+    kinds = ("gdn", "gdn", "full")
+    assert set(visits) == {f"loop {t} block {i} {kind}" for t in (1, 2) for i, kind in enumerate(kinds)}
+    assert (folder / "rank0_summary.txt").read_text() == render(summary)
 
 
 def test_default_recipe_starts_on_two_ranks(tmp_path: Path) -> None:

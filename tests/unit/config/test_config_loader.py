@@ -12,7 +12,9 @@ import pytest
 
 from lt2titan.config.job import JobConfig
 from lt2titan.config.loader import ConfigFileError, from_toml, load_config, to_toml
+from lt2titan.config.section import ConfigError
 from lt2titan.config.training import TrainingConfig
+from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.mixers.config import MixersConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,7 +231,7 @@ def test_config_check_imports_no_torch() -> None:
         (["--model.tie_embeddings", "False"], "write --model.tie_embeddings or --model.no_tie_embeddings"),
         (
             ["--training.global_batch_size", "12", "--training.local_batch_size", "8"],
-            "training.global_batch_size = 12: is no multiple",
+            "training.global_batch_size = 12: is no multiple of local_batch_size x data-parallel ranks = 8 x 1 = 8; ",
         ),
         (["--model.vocab_size", "100"], "model.vocab_size = 100: the tokenizer 'bytes' has 258 tokens"),
         (["--parallelism.pipeline_parallel_degree", "2"], "looped stack"),
@@ -269,3 +271,40 @@ def test_global_batch_is_divided(local: int, total: int, dp_size: int, expected:
     assert training.microbatches(dp_size) == expected
     if total > 0:
         assert expected[0] * expected[1] * dp_size == total
+
+
+@pytest.mark.parametrize(
+    ("local", "total", "says"),
+    [
+        (4, 36, "global_batch_size = 36: is no multiple of local_batch_size x data-parallel ranks = 4 x 8 = 32; "),
+        (4, 8, "global_batch_size = 8: is no multiple of local_batch_size x data-parallel ranks = 4 x 8 = 32; "),
+        (0, 12, "global_batch_size = 12: is no multiple of the 8 data-parallel ranks; "),
+    ],
+)
+def test_a_global_batch_that_cannot_be_divided(local: int, total: int, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(local_batch_size=local, global_batch_size=total).microbatches(8)
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("context", "lengths", "says"),
+    [
+        (1, (33, 0), "training.seq_len = 33 is no multiple of tensor_parallel_degree 2; "),
+        (
+            4,
+            (32, 20),
+            "validation.seq_len = 20 is no multiple of tensor_parallel_degree 2 x context_parallel_degree 4 = 8; ",
+        ),
+    ],
+)
+def test_rows_that_are_not_split_by_tokens(context: int, lengths: tuple[int, int], says: str) -> None:
+    config = JobConfig(model=ModelConfig(mixer="full", hybrid=HybridConfig()))
+    config.training.seq_len, config.validation.seq_len = lengths
+    config.training.global_batch_size = -1
+    config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree = 2, context
+    with pytest.raises(ConfigError) as caught:
+        config.validate_layout(2 * context)
+    assert str(caught.value).startswith(f"parallelism.sequence_parallel = True: {says}")
+    config.parallelism.sequence_parallel = False
+    config.validate_layout(2 * context)

@@ -19,7 +19,21 @@ from lt2titan.model.config import HybridConfig, LoopConfig, ModelConfig
 from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.lt2 import LT2
-from lt2titan.model.mixers.config import DSAConfig, FullConfig, GDNConfig, MixersConfig, NSAConfig, RWKV7Config
+from lt2titan.model.mixers.config import (
+    DeltaNetConfig,
+    DSAConfig,
+    FullConfig,
+    GDNConfig,
+    GLAConfig,
+    HGRN2Config,
+    KDAConfig,
+    Mamba2Config,
+    MixersConfig,
+    NSAConfig,
+    RetNetConfig,
+    RWKV7Config,
+    WindowConfig,
+)
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint
 
 CPU = torch.device("cpu")
@@ -30,13 +44,25 @@ def config(common: str, **changes: Any) -> ModelConfig:
     """Three layers, the last of them full attention."""
     mixers = MixersConfig(
         full=FullConfig(n_heads=2, output_gate=True),
+        window=WindowConfig(n_heads=2, window=5),
+        retnet=RetNetConfig(n_heads=2),
+        mamba2=Mamba2Config(n_heads=4, n_groups=2, state_size=6),
+        gla=GLAConfig(n_heads=2, decay_rank=3),
+        hgrn2=HGRN2Config(n_heads=2),
+        deltanet=DeltaNetConfig(n_heads=2),
+        kda=KDAConfig(n_heads=2, n_v_heads=4),
         gdn=GDNConfig(n_heads=2),
         rwkv7=RWKV7Config(head_dim=8, decay_rank=3, a_rank=4, v_rank=5, gate_rank=6),
         nsa=NSAConfig(n_heads=2, block_size=2, n_blocks=3, window=3),
         dsa=DSAConfig(n_heads=2, top_k=4, n_index_heads=2, index_head_dim=4),
     )
-    settings: dict[str, Any] = {"hybrid": HybridConfig(mixer="full", ratio=2), "mixers": mixers, **changes}
-    return ModelConfig(vocab_size=19, dim=16, n_layers=3, n_loops=N_LOOPS, mixer=common, ffn_dim=24, **settings)
+    defaults: dict[str, Any] = {"n_layers": 3, "hybrid": HybridConfig(mixer="full", ratio=2), "mixers": mixers}
+    return ModelConfig(vocab_size=19, dim=16, n_loops=N_LOOPS, mixer=common, ffn_dim=24, **{**defaults, **changes})
+
+
+def pair(common: str, rare: str) -> ModelConfig:
+    """A layer of each."""
+    return config(common, n_layers=2, hybrid=HybridConfig(mixer=rare, ratio=1))
 
 
 CONFIGS = {
@@ -48,6 +74,10 @@ CONFIGS = {
     "nsa+full": config("nsa"),
     "gdn+dsa": config("gdn", hybrid=HybridConfig(mixer="dsa", ratio=2)),
     "window per loop": config("gdn", loop=LoopConfig(windows=[-1, 6, 3])),
+    "mamba2+window": pair("mamba2", "window"),
+    "retnet+gla": pair("retnet", "gla"),
+    "deltanet+kda": pair("deltanet", "kda"),
+    "hgrn2+full": pair("hgrn2", "full"),
 }
 
 
@@ -58,7 +88,8 @@ def build(name: str, mode: str = "none", skip_last_loops: int = 0) -> LT2:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name == "core.rho" or "gate_proj" in parameter_name:
+            is_neutral = parameter_name.endswith(("gate_proj.weight", "gate_bias", "a_bias", "lora.down_proj.weight"))
+            if parameter_name == "core.rho" or is_neutral:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return model
 

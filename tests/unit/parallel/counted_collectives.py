@@ -19,10 +19,25 @@ def collectives(work: Callable[[], Any]) -> Counter[str]:
     return counted
 
 
+def dtypes_that_travel(work: Callable[[], Any]) -> dict[str, set[str]]:
+    """Dtypes of the tensors that FSDP2 gathers ("gather") and reduces ("reduce_scatter") in ``work``, as the profiler
+    calls them. Of all-reduces, which take lists of tensors, it names none."""
+    found: dict[str, set[str]] = {"gather": set(), "reduce_scatter": set()}
+    for event in _events(work, record_shapes=True):
+        for kind, name in (("gather", "c10d::_allgather_base_"), ("reduce_scatter", "c10d::_reduce_scatter_base_")):
+            if event.name() == name:
+                found[kind].update(event.dtypes()[:2])  # output and input
+    return found
+
+
 def event_names(work: Callable[[], Any]) -> list[str]:
     """What the profiler saw of ``work``, in the order in which it started."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    return [event.name() for event in _events(work)]
+
+
+def _events(work: Callable[[], Any], **options: bool) -> list[Any]:
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         work()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()  # profiler.events() takes seconds to build
-    return [event.name() for event in sorted(events, key=lambda event: event.start_ns())]
+    return sorted(events, key=lambda event: event.start_ns())

@@ -83,10 +83,11 @@ def build(
 
 
 def gradients(model: LT2, batches: list[Tensor]) -> dict[str, Tensor]:
-    """Whole gradients by name, and the mean loss of this rank's batches as "loss"."""
+    """Whole gradients by name, and the mean loss of this rank's batches, with those of indexers, as "loss"."""
     total = torch.zeros(())
     for rows in batches:
-        loss = model(rows[:, :-1], targets=rows[:, 1:]) / (4 * 32)
+        loss, auxiliary = model(rows[:, :-1], targets=rows[:, 1:], with_auxiliary=True)
+        loss = sum(auxiliary.values(), loss) / (4 * 32)
         loss.backward()
         total += loss.detach()
     reshard(model)

@@ -41,6 +41,7 @@ from lt2titan.model.context import Context
 from lt2titan.model.init import build_on_meta, materialise
 from lt2titan.model.looped_core import LoopObserver
 from lt2titan.model.lt2 import LT2
+from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.parallel import activation_checkpoint
 from lt2titan.parallel.activation_checkpoint import apply_activation_checkpoint, recompute_plan
 from lt2titan.parallel.activation_memory import core_memory
@@ -50,6 +51,10 @@ from lt2titan.parallel.mesh import ParallelDims
 from lt2titan.parallel.parallelize import parallelize
 
 SCOPED = ["block", "selective", "loop", "nested"]
+
+
+def test_the_models_have_every_mixer() -> None:
+    assert {mixer for config in CONFIGS.values() for mixer in config.layer_mixers} == set(MixersConfig.names())
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])

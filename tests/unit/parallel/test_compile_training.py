@@ -56,9 +56,9 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LT2:
     return model.to(dtype)
 
 
-def compiled(config: ModelConfig, backend: str = "aot_eager", mode: str = "none", **options: Any) -> LT2:
-    model = build(config, **options)
-    apply_activation_checkpoint(model, mode, is_compiled=True)
+def compiled(config: ModelConfig, backend: str = "aot_eager", mode: str = "none", skip_last_loops: int = 0) -> LT2:
+    model = build(config)
+    apply_activation_checkpoint(model, mode, skip_last_loops=skip_last_loops, is_compiled=True)
     apply_compile(model, backend)
     return model
 
@@ -148,12 +148,21 @@ def test_choosing_keys_anew_in_some_loops_warms_up_every_number_of_loops() -> No
 
 
 @pytest.mark.parametrize(
-    "mode",
-    ["selective", "nested", *(pytest.param(m, marks=pytest.mark.wide) for m in ("block", "loop", "memory_budget"))],
+    ("mode", "skip_last_loops"),
+    [
+        ("selective", 0),
+        ("selective", 1),
+        ("nested", 1),
+        *(pytest.param(mode, 0, marks=pytest.mark.wide) for mode in ("block", "loop", "memory_budget")),
+    ],
 )
-def test_recomputation_of_compiled_blocks(mode: str) -> None:
-    model, eager, watch = compiled(CONFIG, mode=mode), build(CONFIG), RecompileWatch(True)
+def test_recomputation_of_compiled_blocks(mode: str, skip_last_loops: int) -> None:
+    model, eager = compiled(CONFIG, mode=mode, skip_last_loops=skip_last_loops), build(CONFIG)
+    watch = RecompileWatch(True)
     watch.warm_up(model, BATCHES[0], BATCHES[0], [(3, 3)])
+    # Two kinds and the loss, with gradients and without. Mode selective is within a block's graph: the loops that it
+    # leaves out need another with gradients.
+    assert watch.n_warm_up_graphs == 2 * (2 + 1) + (2 if mode == "selective" and skip_last_loops else 0)
     with watch.watching():
         for batch in BATCHES[1:]:
             same(step(model, batch), step(eager, batch))

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 pytest.importorskip("torchao", reason="float8 needs torchao")
 
 from float8_models import CPU, GATHERED, N_MAPS, ROWWISE, TENSORWISE, build, config, microbatches
 from inductor_graphs import inductor_without_kernels
+from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from lt2titan.config.section import ConfigError
@@ -30,7 +32,7 @@ from lt2titan.parallel.activation_checkpoint import recompute_plan
 from lt2titan.parallel.activation_memory import core_memory
 from lt2titan.parallel.config import Float8Config
 from lt2titan.parallel.float8 import Float8Plan, apply_float8, gathered_bytes, plan_float8
-from lt2titan.parallel.float8_linear import Float8Linear
+from lt2titan.parallel.float8_linear import Float8Linear, to_float8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,6 +182,21 @@ def test_what_a_gpu_is_asked_for(
     section = Float8Config(recipe=recipe, allow_eager=options.pop("allow_eager", False))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         assert plan_float8(section, device=torch.device("cuda"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_validation_may_have_any_number_of_tokens(recipe: str) -> None:
+    """By torch's own rules for a GPU's products, on fake tensors: of 7 tokens a map takes, and no gradient of a weight
+    could be made in float8. That is why only microbatches are checked."""
+    with torch.device("meta"):
+        linear = to_float8(Linear(64, 96, init_std=0.02), Float8LinearConfig.from_recipe_name(recipe), False)
+    with FakeTensorMode(), torch.no_grad():
+        linear.weight = nn.Parameter(torch.empty(96, 64, device="cuda", dtype=torch.bfloat16))
+        assert linear(torch.empty(7, 64, device="cuda", dtype=torch.bfloat16)).shape == (7, 96)
+        dy, x = (torch.empty(n, 7, device="cuda").to(torch.float8_e4m3fn) for n in (96, 64))
+        scale = torch.ones((), device="cuda")
+        with pytest.raises(RuntimeError, match=r"divisible by 16, but got .*=7"):
+            torch._scaled_mm(dy, x.t(), scale, scale, out_dtype=torch.bfloat16)
 
 
 def test_a_model_without_a_fitting_map_is_refused() -> None:

@@ -40,8 +40,9 @@ import lt2titan.parallel.float8_linear
 from lt2titan.checkpoint.config import CheckpointConfig
 from lt2titan.checkpoint.manager import CheckpointManager
 from lt2titan.checkpoint.state import model_tensors, optimizer_tensors
-from lt2titan.model.config import HybridConfig
+from lt2titan.model.config import HybridConfig, ModelConfig
 from lt2titan.model.init import build_on_meta, materialise
+from lt2titan.model.mixers.config import MixersConfig
 from lt2titan.optim.config import OptimizerConfig
 from lt2titan.optim.optimizer import build_optimizer
 from lt2titan.parallel.float8 import Float8Plan, apply_float8, update_scales
@@ -126,6 +127,51 @@ def test_gathering_what_has_been_cast_changes_no_value() -> None:
     plain, gathered = gradients(build(TENSORWISE), microbatches()), gradients(build(GATHERED), microbatches())
     assert plain.keys() == gathered.keys()
     assert all(torch.equal(gathered[name], plain[name]) for name in plain)
+
+
+LARGE_MAPS = {
+    "full": "q k v o",
+    "window": "q k v o",
+    "retnet": "q k v gate o",
+    "mamba2": "x b c gate o",
+    "gla": "q k v gate o",
+    "hgrn2": "q f i o",
+    "deltanet": "q k v o",
+    "gdn": "q k v gate o",
+    "kda": "q k v o",
+    "rwkv7": "r k v o",
+    "nsa": "q k v o",
+    "dsa": "q k v o",
+}
+"""Of each mixer. The rest, numbers per head, low-rank maps and DSA's indexers, keeps its precision."""
+
+
+def of_mixer(mixer: str) -> ModelConfig:
+    """One layer, two loops; low-rank maps of rank 32 and less."""
+    sections: dict[str, Any] = {name: {"n_heads": 2} for name in MixersConfig.names()}
+    sections["rwkv7"] = {"head_dim": 32}
+    sections["gla"] |= {"expand_k": 1.0}
+    sections["nsa"] |= {"n_kv_heads": 0, "block_size": 4, "n_blocks": 3, "window": 6}
+    sections["dsa"] |= {"n_kv_heads": 0, "top_k": 8, "n_index_heads": 2}
+    mixers = MixersConfig(**{name: type(getattr(MixersConfig(), name))(**own) for name, own in sections.items()})
+    return replace(config(2), n_layers=1, mixer=mixer, hybrid=HybridConfig(), mixers=mixers)
+
+
+@pytest.mark.parametrize("mixer", MixersConfig.names())
+def test_every_mixer_multiplies_in_float8(mixer: str) -> None:
+    """Its large maps only, and a weight that is cast once a step is the one that every visit would cast."""
+    plain, gathered = (
+        build(replace(plan, min_size=48), model_config=of_mixer(mixer)) for plan in (TENSORWISE, GATHERED)
+    )
+    expected = [f"mixer.{name}_proj" for name in LARGE_MAPS[mixer].split()] + [
+        f"ffn.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    maps = [name for name, module in gathered.core.blocks[0].named_modules() if isinstance(module, Float8Linear)]
+    assert sorted(maps) == sorted(expected)
+    ours, theirs = gradients(gathered, microbatches()), gradients(plain, microbatches())
+    for name in theirs:
+        assert ours[name].isfinite().all() and torch.equal(ours[name], theirs[name]), name
+    assert all(ours[f"core.blocks.0.{name}.weight"].any() for name in maps)
 
 
 def test_names_values_and_checkpoints_are_those_of_the_plain_model() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -53,14 +52,15 @@ class Case(NamedTuple):
     replicate: int = 1
     cpu_offload: bool = False
     is_tied: bool = True
+    n_layers: int = N_LAYERS
 
 
-def model_config(n_loops: int, is_tied: bool = True) -> ModelConfig:
+def model_config(n_loops: int, is_tied: bool = True, n_layers: int = N_LAYERS) -> ModelConfig:
     # Rows of rho and odd widths: shards of unequal and of no size.
     return ModelConfig(
         vocab_size=37,
         dim=16,
-        n_layers=N_LAYERS,
+        n_layers=n_layers,
         n_loops=n_loops,
         ffn_dim=20,
         tie_embeddings=is_tied,
@@ -85,7 +85,7 @@ def whole_model(n_loops: int, is_tied: bool = True) -> LT2:
 
 
 def sharded_model(n_loops: int, case: Case) -> LT2:
-    model = build_on_meta(model_config(n_loops, case.is_tied), "reference")
+    model = build_on_meta(model_config(n_loops, case.is_tied, case.n_layers), "reference")
     dims = ParallelDims.build(ParallelismConfig(data_parallel_replicate_degree=case.replicate), "cpu")
     parallelize(
         model,
@@ -257,7 +257,7 @@ def the_next_block_is_on_its_way() -> None:
 def recomputed_loops_hold_every_block() -> None:
     """Under per_visit, in the backward pass; anything else holds the block at work, beside what is on its way."""
     for mode, n_most in (("none", 1), ("block", 1), ("loop", 5), ("nested", 5)):
-        model = build_on_meta(replace(model_config(N_LOOPS), n_layers=5), "reference")
+        model = build_on_meta(model_config(N_LOOPS, n_layers=5), "reference")
         dims = ParallelDims.build(ParallelismConfig(), "cpu")
         precision = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
         parallelize(model, dims, activation_checkpoint=mode, loop_reshard="per_visit", **precision)  # type: ignore[arg-type]
@@ -279,6 +279,9 @@ def replicas_reduce_once_more() -> None:
     for n_loops in (1, 4):
         assert travels(n_loops, Case(replicate=2)) == (GROUPS, GROUPS, GROUPS)
         assert travels(n_loops, Case(n_microbatches=2, replicate=2)) == (GROUPS, 2 * GROUPS, 2 * GROUPS)
+        # Deferred, replicas reduce what shards do: 5 groups, of which with loops the 4 blocks are reduced twice.
+        n = 5 if n_loops == 1 else 9
+        assert travels(n_loops, Case(n_microbatches=2, defers=True, replicate=2, n_layers=4)) == (5, n, n)
 
 
 def observers_see_whole_weights() -> None:

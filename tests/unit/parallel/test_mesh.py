@@ -73,6 +73,17 @@ def test_replicas_see_different_data() -> None:
             "tensor_parallel_degree",
             ["8 processes", "data_parallel_replicate_degree 2 x tensor_parallel_degree 3 = 6"],
         ),
+        ({"context_parallel_degree": 3}, "context_parallel_degree", ["8 processes", "context_parallel_degree 3 = 3"]),
+        (
+            {"context_parallel_degree": 8, "tensor_parallel_degree": 2},
+            "context_parallel_degree",
+            ["8 processes", "context_parallel_degree 8 x tensor_parallel_degree 2 = 16"],
+        ),
+        (
+            {"context_parallel_degree": 2, "data_parallel_shard_degree": 8},
+            "data_parallel_shard_degree",
+            ["8 processes", "2 of them in each shard's place", "-1 or 4"],
+        ),
     ],
 )
 def test_degrees_that_do_not_fit(degrees: dict[str, int], key: str, says: list[str]) -> None:
