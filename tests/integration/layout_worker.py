@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lt2titan.config.loader import load_config
+from lt2titan.model.shares import local
 from lt2titan.parallel.float8 import update_scales
 from lt2titan.trainer import Trainer
 
@@ -48,6 +50,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def cast_in_parts(model: torch.nn.Module, n_parts: int) -> None:
+    """Let each map in float8 compute as ``n_parts`` tensor-parallel ranks do: outputs (of o_proj and down_proj: inputs)
+    and their gradients are cast part by part. A weight that is gathered in float8 keeps its one scale."""
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+    from lt2titan.parallel.float8_linear import Float8Linear
+
+    def forward(linear: Any, splits_input: bool, x: Tensor) -> Tensor:
+        weights = local(linear.weight).chunk(n_parts, int(splits_input))
+        inputs = x.chunk(n_parts, -1) if splits_input else [x] * n_parts
+        parts = [
+            matmul_with_hp_or_float8_args.apply(x, w.t(), linear.linear_mm_config, linear.config)
+            for x, w in zip(inputs, weights, strict=True)
+        ]
+        return torch.stack(parts).sum(0) if splits_input else torch.cat(parts, -1)
+
+    for name, module in model.named_modules():
+        if isinstance(module, Float8Linear):
+            splits_input = name.endswith(("o_proj", "down_proj"))
+            module.forward = partial(forward, module, splits_input)  # type: ignore[method-assign]
+
+
 def train(case: Case, folder: Path) -> None:
     overrides = ["--job.dump_folder", str(folder), "--data.cache_folder", str(folder.parent / "tokens")]
     if "--training.dataset" in case.overrides:
@@ -63,6 +87,8 @@ def train(case: Case, folder: Path) -> None:
 
     with Trainer(config, torch.device("cpu")) as trainer:
         unsettle(trainer.model)
+        if case == case.reference and case.n_parts > 1:
+            cast_in_parts(trainer.model, case.n_parts)
         if config.float8.recipe == "tensorwise":
             update_scales(trainer.model, trainer.layout.loop_reshard)
         trainer.optimizer.register_step_pre_hook(keep)
