@@ -74,6 +74,8 @@ def dry_run(config: JobConfig) -> dict[str, int]:
         config = replace(config, parallelism=replace(config.parallelism, context_parallel_attention="gather"))
     if config.compile.enable:
         logger.info("dry run: the step itself is eager; its memory is estimated as compiled")
+    if config.data.document_mask:
+        logger.info("dry run: rows of the step itself are dense; its memory is estimated of packed ones")
     if config.float8.recipe != "none":
         logger.info("dry run: products in float8 are emulated")
         config = replace(config, float8=replace(config.float8, emulate=True))

@@ -181,7 +181,13 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def join_a_group_of_one() -> dist.TCPStore:
     """What torchrun would set for a single process. Keep what is returned, which holds the port until the process group
-    shares it: a port that is free now may be taken by then."""
+    shares it: a port that is free now may be taken by then.
+
+    Raises:
+        SystemExit: torchrun has started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit(f"{Path(sys.argv[0]).stem}: measures one process; start it without torchrun")
     store = dist.TCPStore("localhost", 0, is_master=True, multi_tenant=True)
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     os.environ.update({name: str(value) for name, value in alone.items()})

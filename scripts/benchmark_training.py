@@ -26,19 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from measured_recipe import measured_recipe
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from training_cases import CASES, Case
 
-from lt2titan.config.loader import load_config_or_exit
-
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("config", "overrides", "warm_up", "steps")
 ENDING = (signal.SIGINT, signal.SIGTERM)
 """Signals that end a run, and the case at hand with it."""
-OWN_DATA = ("training.dataset=synthetic", "training.dataset_path=", "data.no_streaming")
-"""Instead of the recipe's, as in measure_training.py, when a case is only checked."""
 
 
 @dataclass(kw_only=True)
@@ -225,8 +222,14 @@ def main() -> None:
             print(f"{name:36}{' '.join(case.overrides)}")
         return
     for case in cases.values():  # what is mistyped ends the run here, not after the first cases
-        load_config_or_exit(
-            arguments.config, [f"--{override}" for override in (*OWN_DATA, *overrides(case, arguments))]
+        what = settings(case, arguments)
+        measured_recipe(
+            what["config"],
+            [f"--{override}" for override in what["overrides"]],
+            n_warm_up=what["warm_up"],
+            n_steps=what["steps"],
+            is_profiled=case.is_profiled,
+            folder="outputs",
         )
     known = {(r["case"], r["repeat"], *map(str, map(r.get, SETTINGS))): r for r in done(arguments.output)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from benchmark_mixers import join_a_group_of_one
 from estimate import estimate_layout
+from measured_recipe import PROFILED_STEPS, measured_recipe
 from torch._dynamo.utils import get_compilation_metrics
 
 from lt2titan.config.job import JobConfig
-from lt2titan.config.loader import load_config_or_exit
 from lt2titan.kernels.backend import backend_versions
 from lt2titan.metrics.hardware import device_memory
 from lt2titan.metrics.logging import init_logging
@@ -32,45 +31,6 @@ from lt2titan.metrics.metrics_logger import METRICS_FILE
 from lt2titan.metrics.trace_summary import read_trace, summarize
 from lt2titan.parallel.distributed import process_group
 from lt2titan.trainer import Trainer
-
-PROFILED_STEPS = 4
-"""At the end of a run that is profiled: the profiler's warm-up and the step that it keeps, which it slows down."""
-
-
-def configuration(
-    recipe: str, overrides: list[str], *, n_warm_up: int, n_steps: int, is_profiled: bool, folder: str
-) -> JobConfig:
-    """The recipe on random tokens, without validation, checkpoints and diagnostics; every step is logged.
-
-    Raises:
-        SystemExit: ``overrides`` change that.
-    """
-    n_all = n_warm_up + n_steps
-    options = {
-        "training.dataset": "synthetic",
-        "training.dataset_path": "",
-        "training.steps": n_all,
-        "lr_scheduler.warmup_steps": n_all,
-        "metrics.log_freq": 1,
-        "job.dump_folder": folder,
-    }
-    switches = ["data.no_streaming", "checkpoint.no_enable", "validation.no_enable"]
-    switches += ["metrics.no_enable_tensorboard", "metrics.no_loop_diagnostics"]
-    if is_profiled:
-        switches.append("profiling.enable_profiling")
-        options |= {"profiling.profile_freq": n_all, "profiling.profiler_warmup": PROFILED_STEPS - 1}
-    own = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    own += [f"--{name}" for name in switches]
-    config = load_config_or_exit(recipe, [*own, *overrides], 1)
-    measured = asdict(load_config_or_exit(recipe, [*overrides, *own], 1))
-    for section, values in asdict(config).items():
-        for key, value in values.items():
-            if value != measured[section][key]:
-                sys.exit(
-                    f"measure_training: --{section}.{key} {value}: leave it out, a measurement sets it itself "
-                    f"({measured[section][key]!r}; steps by --warm-up and --steps, a trace by --profile)"
-                )
-    return config
 
 
 def measure(
@@ -163,7 +123,7 @@ def main() -> None:
     init_logging()
     _store = join_a_group_of_one()
     with tempfile.TemporaryDirectory() as folder:
-        config = configuration(
+        config = measured_recipe(
             arguments.config,
             overrides,
             n_warm_up=arguments.warm_up,

@@ -1,6 +1,6 @@
 """The whole configuration of a run: each component's own section, gathered, and the checks between sections.
 
-Only the trainer and the entry points import this; components take their own section or plain values.
+Few may import this (CONTRIBUTING.md); components take their own section or plain values.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ class ModelConfig:
         counts = self.loop.counts(self.n_loops)
         if not any(loop % every == 0 for n in counts for loop in range(max(n - n_backward, 0), n)):
             reason = (
-                f"layers of dsa choose keys anew in every {every}th loop from the first (mixers.dsa.reuse_every), and "
+                f"layers of dsa choose keys anew in the first of every {every} loops (mixers.dsa.reuse_every), and "
                 f"none of these is among the last {n_backward}: their indexers would never learn. Raise backward_loops "
                 "or lower reuse_every"
             )

@@ -16,7 +16,8 @@ class NonFiniteGuard:
     """Skips steps without asking the device: the decision stays a tensor that the fused optimizer obeys.
 
     Loss and gradient norm must already be those of all ranks, so that all ranks decide alike. The counts travel to the
-    host while later steps run, and are looked at LAG steps later: nobody waits, and every rank stops at the same step.
+    host while later steps run, and are looked at LAG steps later: nobody waits (but for parameters that are offloaded:
+    they step on the host), and every rank stops at the same step.
     """
 
     LAG = 2

@@ -45,7 +45,8 @@ def of_parameters(
     Args:
         model: a tensor-parallel rank's share (`first_share`).
         n_loops, n_backward_loops: that run; 0 backward loops for all. Otherwise an embedding that is not tied has no
-            gradient; and under per_visit a block more is gathered, the next backwards, which is not used.
+            gradient; and under per_visit, unless there is just one, a block more is gathered, the next backwards, which
+            is not used.
     """
     blocks, m = model.core.blocks, n_microbatches
     is_truncated = 0 < n_backward_loops < n_loops
@@ -59,7 +60,8 @@ def of_parameters(
     visits = {"per_step": 1, "per_pass": m + 1, "per_visit": (n_loops + n_backward_loops) * m}[layout.loop_reshard]
     last_visits, root_visits, embedding_visits = 0, 1, has_embedding
     if layout.loop_reshard == "per_visit":
-        last_visits, root_visits, embedding_visits = is_truncated * m, m, has_embedding * (2 - is_truncated) * m
+        last_visits = m if is_truncated and len(blocks) > 1 else 0
+        root_visits, embedding_visits = m, has_embedding * (2 - is_truncated) * m
     gathers = visits * len(blocks) + last_visits + root_visits + embedding_visits
     gathered = visits * sum(gathered_blocks) + last_visits * gathered_blocks[-1]
     gathered += (root_visits * root + embedding_visits * embedding) * dtype.itemsize

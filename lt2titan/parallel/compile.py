@@ -127,9 +127,10 @@ class RecompileWatch:
         """
         start, n_before = time.perf_counter(), _n_graphs()
         are_alike = len(_windows(model)) == 1 and model.core.reuse_every == 1
+        needed = [max(loops)] if are_alike else sorted(loops)
         for sees_all in phases:
             options = {"sees_all": sees_all, "with_auxiliary": True}
-            for n_loops, n_backward_loops in [max(loops)] if are_alike else sorted(loops):
+            for n_loops, n_backward_loops in needed:
                 loss, auxiliary = model(**training, n_loops=n_loops, n_backward_loops=n_backward_loops, **options)
                 sum(auxiliary.values(), loss).backward()
             if validation is not None:
@@ -142,10 +143,10 @@ class RecompileWatch:
         self._n_graphs, self._since = _n_graphs(), time.time()
         self.n_warm_up_graphs, self.warm_up_seconds = self._n_graphs - n_before, time.perf_counter() - start
         logger.info(
-            "torch.compile: %d graphs in %.1f s (with %d loops%s)",
+            "torch.compile: %d graphs in %.1f s (with %s loops%s)",
             self.n_warm_up_graphs,
             self.warm_up_seconds,
-            model.core.n_loops,
+            ", ".join(str(n) for n, _ in needed),
             "" if validation is None else " and a validation batch",
         )
 

@@ -145,7 +145,9 @@ def test_recomputation_changes_nothing(kind: str, plan: RecomputePlan, sees_all:
 def test_indexers_that_would_never_learn_are_refused(loop: LoopConfig, reuse_every: int, learns: bool) -> None:
     mixers = MixersConfig(dsa=DSAConfig(n_heads=4, reuse_every=reuse_every))
     model = ModelConfig(mixer="dsa", hybrid=HybridConfig(), mixers=mixers, loop=loop)
-    refused = pytest.raises(ConfigError, match=rf"loop.backward_loops = {loop.backward_loops}: .*every {reuse_every}th")
+    refused = pytest.raises(
+        ConfigError, match=rf"loop.backward_loops = {loop.backward_loops}: .*every {reuse_every} loops"
+    )
     with nullcontext() if learns else refused:
         model.validate()
 

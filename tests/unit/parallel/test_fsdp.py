@@ -65,7 +65,7 @@ def model_config(n_loops: int, is_tied: bool = True, n_layers: int = N_LAYERS) -
         ffn_dim=20,
         tie_embeddings=is_tied,
         mixer="gdn",
-        hybrid=HybridConfig(mixer="full", ratio=1),
+        hybrid=HybridConfig(mixer="full", ratio=1) if n_layers > 1 else HybridConfig(),
         mixers=MixersConfig(full=FullConfig(n_heads=2), gdn=GDNConfig(n_heads=2)),
     )
 
@@ -206,22 +206,23 @@ def other_policies_gather_more() -> None:
 
 def truncated_steps_are_counted_as_estimated() -> None:
     """Loops without gradients have no backward pass to gather for, and an untied embedding none to reduce."""
-    for n_loops, n_backward_loops in ((3, 1), (4, 2)):
-        for is_tied in (True, False):
-            for policy, m, defers in (("per_step", 2, True), ("per_pass", 2, False), ("per_visit", 2, False)):
-                model = sharded_model(n_loops, case := Case(policy, m, defers, is_tied=is_tied))
-                found = collectives(partial(backward, model, case, n_backward_loops=n_backward_loops))
-                predicted = of_parameters(
-                    whole_model(n_loops, is_tied),
-                    Layout(n_shards=2, loop_reshard=policy, defers_reductions=defers),
-                    n_microbatches=m,
-                    n_loops=n_loops,
-                    n_backward_loops=n_backward_loops,
-                    dtype=torch.float32,
-                    reduce_dtype=torch.float32,
-                )
-                gathers, reductions = (sent.n_times for sent in predicted.values())
-                assert (found["gather"], found["reduce_scatter"]) == (gathers, reductions), (n_loops, case)
+    models = [(3, 1, True, 2), (4, 2, False, 2), (3, 1, False, 1)]
+    policies = [("per_step", True), ("per_pass", False), ("per_visit", True)]
+    for (n_loops, n_backward_loops, is_tied, n_layers), (policy, defers) in product(models, policies):
+        case = Case(policy, 2, defers, is_tied=is_tied, n_layers=n_layers)
+        model = sharded_model(n_loops, case)
+        found = collectives(partial(backward, model, case, n_backward_loops=n_backward_loops))
+        predicted = of_parameters(
+            build_on_meta(model_config(n_loops, is_tied, n_layers), "reference"),
+            Layout(n_shards=2, loop_reshard=policy, defers_reductions=defers),
+            n_microbatches=2,
+            n_loops=n_loops,
+            n_backward_loops=n_backward_loops,
+            dtype=torch.float32,
+            reduce_dtype=torch.float32,
+        )
+        gathers, reductions = (sent.n_times for sent in predicted.values())
+        assert (found["gather"], found["reduce_scatter"]) == (gathers, reductions), (n_loops, case)
 
 
 def an_untied_embedding_is_a_group() -> None:

@@ -140,6 +140,20 @@ def test_an_untied_embedding_is_a_group_of_its_own(policy: str, n_gathers: int) 
     assert result["all-gather over shard ranks"][1] == gathered * 2 * 7 // 8
 
 
+def test_bytes_of_truncated_steps() -> None:
+    """Untied, gradients through one of four loops, three microbatches: blocks are gathered five times each, the last of
+    them a sixth time; the embedding, which has no gradient, once, and it is not reduced."""
+    model = build_on_meta(load_config(RECIPE, ["--model.no_tie_embeddings"]).model, "reference")
+    embedding = model.embedding.weight.numel()
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.core.blocks]
+    root = sum(p.numel() for p in model.parameters()) - sum(blocks) - embedding
+    layout = Layout(n_shards=8, loop_reshard="per_visit")
+    result = of_parameters(model, layout, n_microbatches=3, **SIZES | {"n_backward_loops": 1})
+    gathered = 3 * (5 * sum(blocks) + blocks[-1] + root + embedding)
+    assert result["all-gather over shard ranks"] == (3 * (5 * 20 + 1 + 1 + 1), gathered * 2 * 7 // 8)
+    assert result["reduce-scatter over shard ranks"] == (3 * 21, 3 * (sum(blocks) + root) * 4 * 7 // 8)
+
+
 def layout_memory(model: LT2, **layout: Any) -> dict[str, int]:
     """Of a step of 512 tokens, all activations kept, over eight shards."""
     core = core_memory(model, batch_size=1, length=512, dtype=torch.bfloat16)

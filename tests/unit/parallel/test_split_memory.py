@@ -10,7 +10,18 @@ import torch
 import torch.multiprocessing as mp
 from inductor_graphs import inductor_without_kernels
 from live_bytes import Live
-from split_models import FOUR_HEADS, LAYOUTS, LENGTH, batches, config, last_rank, loss_of, own_part, split_model
+from split_models import (
+    FOUR_HEADS,
+    LAYOUTS,
+    LENGTH,
+    ONE_KEY_HEAD,
+    batches,
+    config,
+    last_rank,
+    loss_of,
+    own_part,
+    split_model,
+)
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
@@ -76,7 +87,7 @@ def check(layout: Layout, shape: ModelConfig, packed: bool = False) -> None:
             predicted = sizes.under(recompute_plan(mode, skip_last_loops)).kept
             # FSDP2 ties every input of a block to the graph, even the carry that the first one does not read.
             of_fsdp = sizes.carry if mode == "none" else 0
-            numbers = 8 if shape.mixer == "dsa" else 0  # the indexers' loss, its first and its last value
+            numbers = 8 if "dsa" in shape.layer_mixers else 0  # the indexers' loss, its first and its last value
             assert predicted + of_fsdp == pytest.approx(kept, rel=0, abs=numbers), (mode, skip_last_loops)
             del y
 
@@ -90,6 +101,11 @@ def test_mixers(layout: str, mixer: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_rows(layout: str) -> None:
     check(LAYOUTS[layout], config("gdn", "full"), packed=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_key_heads_that_ranks_share(layout: str) -> None:
+    check(LAYOUTS[layout], config("gdn", "dsa", mixers=ONE_KEY_HEAD), packed=True)
 
 
 def test_more_ranks() -> None:

@@ -144,9 +144,11 @@ def test_mistakes_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_a_measurement_is_not_changed_in_passing() -> None:
     script = [sys.executable, str(ROOT / "scripts" / "measure_training.py"), "--config", str(TINY)]
-    for override in ("metrics.log_freq", "training.steps"):
-        result = subprocess.run([*script, f"--{override}", "7"], capture_output=True, text=True, timeout=100)
-        assert result.returncode == 1 and f"--{override} 7: leave it out" in result.stderr
+    result = subprocess.run([*script, "--metrics.log_freq", "7"], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1 and "--metrics.log_freq 7: leave it out" in result.stderr
+    for override, says in (("training.steps=7", "steps 7"), ("profiling.enable_profiling", "enable_profiling True")):
+        result = run("--config", str(TINY), "--cases", "modes/none-eager", "--overrides", override)
+        assert result.returncode == 1 and f"{says}: leave it out" in result.stderr
 
 
 def test_sampled_loops_are_compared_with_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
