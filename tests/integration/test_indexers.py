@@ -71,9 +71,11 @@ def test_compiled_runs_know_both_phases_before_the_first_step(tmp_path: Path) ->
         "--compile.backend",
         "aot_eager",
         "--compile.error_on_recompile",
+        "--model.n_loops",
+        "3",
         "--model.mixers.dsa.reuse_every",
         "2",
         "--model.loop.backward_loops",
-        "1",
+        "2",
     )
     assert "torch.compile:" in output and [r["step"] for r in metrics(tmp_path)] == list(range(1, N_STEPS + 1))
